@@ -1,0 +1,16 @@
+"""Every setting there is, in one typed model: defaults < TOML file < environment < flags."""
+
+from esperml.settings.load import SettingsError, Source, load, sources
+from esperml.settings.model import LogSettings, OonaSettings, ServerSettings, Settings, TamiyoSettings
+
+__all__ = [
+    "LogSettings",
+    "OonaSettings",
+    "ServerSettings",
+    "Settings",
+    "SettingsError",
+    "Source",
+    "TamiyoSettings",
+    "load",
+    "sources",
+]

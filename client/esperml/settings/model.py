@@ -1,0 +1,75 @@
+"""The settings themselves. A field's description is its documentation: ``esper config show`` prints it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(Section):
+    """The server process."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(Path("esper-data"), description="Folder of the bus's logs.")
+    insecure: bool = Field(False, description="Allow an address beyond loopback without TLS.")
+    shutdown_grace_s: float = Field(5.0, ge=0, description="Time that open calls get when the server stops, in s.")
+
+
+class OonaSettings(Section):
+    """The bus."""
+
+    max_frame_bytes: int = Field(16 * 2**20, ge=2**16, le=2**30, description="Most bytes that a frame may have.")
+    max_streams: int = Field(1024, ge=1, description="Streams that may be open at the same time.")
+    ack_deadline_s: float = Field(30.0, gt=0, description="Time after which an unacknowledged record comes again, in s.")
+    delivery_records: int = Field(256, ge=1, description="Most records in one delivery.")
+
+
+class TamiyoSettings(Section):
+    """The controller. The limits are those of runs that do not state their own."""
+
+    policy: str = Field("shipped", description="Policy that decides: a name that the server knows, or a checkpoint's path.")
+    policy_dir: Path = Field(Path("policies"), description="Folder from which checkpoints may be promoted.")
+    sample: bool = Field(False, description="Draw decisions from the policy's distribution, not the most probable.")
+    random_seed: int | None = Field(None, ge=0, description="Seed of all draws. Absent: not reproducible.")
+    threads: int = Field(1, ge=1, description="Threads that torch may use.")
+    health_threshold: float = Field(1.0, ge=0, le=1, description="Layers healthier than this are not adapted.")
+    confidence_threshold: float = Field(0.5, ge=0, le=1, description="Adaptations less probable are held back.")
+    cull_below: float = Field(0.0, description="Relative loss increase on ablation at which a seed is kept; less culls it.")
+    command_ttl_steps: int = Field(1000, ge=0, description="Steps after which a command expires; 0 means never.")
+    parameter_budget_fraction: float = Field(
+        0.5, gt=0, description="Parameters that all seeds may have together, relative to the host's."
+    )
+    graft_parameter_budget_fraction: float = Field(
+        0.25, gt=0, description="Parameters that one graft may have, relative to the host's."
+    )
+    max_live_seeds: int = Field(2, ge=1, description="Seeds that may live at the same time, fossils not counted.")
+    warmup_steps: int = Field(200, ge=0, description="Steps before the first adaptation.")
+    decision_interval_steps: int = Field(100, ge=1, description="Steps between two decisions.")
+    blend_steps: int = Field(50, ge=0, description="Steps over which a new seed's alpha rises from 0 to 1.")
+    hold_steps: int = Field(200, ge=0, description="Steps that a seed holds before it is fossilised or culled.")
+    max_runs: int = Field(256, ge=1, description="Runs kept in memory; ended ones go first, oldest first.")
+
+
+class LogSettings(Section):
+    """The program's own log."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is written.")
+    format: Literal["console", "json"] = Field("console", description="For people, or for machines.")
+
+
+class Settings(Section):
+    """All of them."""
+
+    server: ServerSettings = Field(default_factory=ServerSettings)
+    oona: OonaSettings = Field(default_factory=OonaSettings)
+    tamiyo: TamiyoSettings = Field(default_factory=TamiyoSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
