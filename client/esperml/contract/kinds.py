@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypeAlias
 
 from esperml.contract.errors import InvalidFieldError
 from esperml.v1 import event_pb2
 
-PAYLOADS: Final[Mapping[event_pb2.Kind, frozenset[str]]] = {
+KindValue: TypeAlias = event_pb2.Kind.ValueType
+"""The type of a kind. Generated enums are plain integers, and this is what the type checker calls them."""
+
+PAYLOADS: Final[Mapping[KindValue, frozenset[str]]] = {
     event_pb2.KIND_TELEMETRY: frozenset({"health_report"}),
     event_pb2.KIND_EVENTS: frozenset({"run_started", "structure_changed", "epoch_completed", "run_ended"}),
     event_pb2.KIND_DECISIONS: frozenset({"decision"}),
@@ -24,12 +27,12 @@ KINDS: Final = tuple(PAYLOADS)
 MAX_RUN_ID_LENGTH: Final = 128
 
 
-def kind_name(kind: event_pb2.Kind) -> str:
+def kind_name(kind: KindValue) -> str:
     """The short name that people use: ``telemetry`` for ``KIND_TELEMETRY``."""
     return event_pb2.Kind.Name(kind).removeprefix("KIND_").lower()
 
 
-def parse_kind(name: str) -> event_pb2.Kind:
+def parse_kind(name: str) -> KindValue:
     """The kind of a short name. Raises ``ValueError``, naming the ones there are, for any other."""
     for kind in KINDS:
         if kind_name(kind) == name:
@@ -37,7 +40,7 @@ def parse_kind(name: str) -> event_pb2.Kind:
     raise ValueError(f"unknown kind {name!r}; kinds are {', '.join(map(kind_name, KINDS))}")
 
 
-def check_event(kind: event_pb2.Kind, event: event_pb2.Event, field: str = "event") -> None:
+def check_event(kind: KindValue, event: event_pb2.Event, field: str = "event") -> None:
     """Raise :class:`InvalidFieldError` unless ``kind`` may carry ``event``.
 
     ``field`` is the path by which the error names the event. A payload of another kind is reported under

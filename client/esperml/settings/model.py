@@ -29,21 +29,27 @@ class OonaSettings(Section):
 
     max_frame_bytes: int = Field(16 * 2**20, ge=2**16, le=2**30, description="Most bytes that a frame may have.")
     max_streams: int = Field(1024, ge=1, description="Streams that may be open at the same time.")
-    ack_deadline_s: float = Field(30.0, gt=0, description="Time after which an unacknowledged record comes again, in s.")
+    ack_deadline_s: float = Field(
+        30.0, gt=0, description="Time after which an unacknowledged record comes again, in s."
+    )
     delivery_records: int = Field(256, ge=1, description="Most records in one delivery.")
 
 
 class TamiyoSettings(Section):
     """The controller. The limits are those of runs that do not state their own."""
 
-    policy: str = Field("shipped", description="Policy that decides: a name that the server knows, or a checkpoint's path.")
+    policy: str = Field(
+        "shipped", description="Policy that decides: a name that the server knows, or a checkpoint's path."
+    )
     policy_dir: Path = Field(Path("policies"), description="Folder from which checkpoints may be promoted.")
     sample: bool = Field(False, description="Draw decisions from the policy's distribution, not the most probable.")
     random_seed: int | None = Field(None, ge=0, description="Seed of all draws. Absent: not reproducible.")
     threads: int = Field(1, ge=1, description="Threads that torch may use.")
     health_threshold: float = Field(1.0, ge=0, le=1, description="Layers healthier than this are not adapted.")
     confidence_threshold: float = Field(0.5, ge=0, le=1, description="Adaptations less probable are held back.")
-    cull_below: float = Field(0.0, description="Relative loss increase on ablation at which a seed is kept; less culls it.")
+    cull_below: float = Field(
+        0.0, description="Relative loss increase on ablation at which a seed is kept; less culls it."
+    )
     command_ttl_steps: int = Field(1000, ge=0, description="Steps after which a command expires; 0 means never.")
     parameter_budget_fraction: float = Field(
         0.5, gt=0, description="Parameters that all seeds may have together, relative to the host's."
@@ -69,7 +75,7 @@ class LogSettings(Section):
 class Settings(Section):
     """All of them."""
 
-    server: ServerSettings = Field(default_factory=ServerSettings)
-    oona: OonaSettings = Field(default_factory=OonaSettings)
-    tamiyo: TamiyoSettings = Field(default_factory=TamiyoSettings)
-    log: LogSettings = Field(default_factory=LogSettings)
+    server: ServerSettings = ServerSettings()
+    oona: OonaSettings = OonaSettings()
+    tamiyo: TamiyoSettings = TamiyoSettings()
+    log: LogSettings = LogSettings()
