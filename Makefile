@@ -1,0 +1,71 @@
+# Everything a stranger needs: `make demo` and `make test` do all the set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint types proto generate breaking docs coverage bench gates policy ci clean
+
+help: ## Show what there is.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Esper needs Python 3.11 or later; `make PYTHON=python3.12 …` names another") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## Make .venv and install everything into it.
+
+demo: setup ## Grow two real networks under Tamiyo; ends with a table and runs/demo/report.html.
+	$(BIN)/esper demo
+
+test: setup ## Run all tests.
+	$(BIN)/python -m pytest
+
+test-fast: setup ## Run the tests that take no more than a few seconds each.
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: setup ## Check style and formatting.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup ## Check types, strictly.
+	$(BIN)/mypy
+
+proto: setup ## Lint the protos, check that generated code is what they make.
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	$(BIN)/python tools/generate.py --check
+
+generate: setup ## Make generated/ from proto/.
+	$(BIN)/buf format --write
+	$(BIN)/python tools/generate.py
+
+breaking: setup ## Check that the protos break nobody who uses the last release.
+	$(BIN)/buf breaking --against proto/released.binpb
+
+docs: setup ## Build the API and contract references; fails on what is undocumented.
+	$(BIN)/python tools/docs.py
+
+coverage: setup ## Run all tests and fail under 85 % of lines and branches.
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:build/coverage
+
+gates: setup ## Check the latency of decisions: under 10 ms at 10, 64 and 256 nodes.
+	$(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-only
+
+bench: setup ## Measure Decide beside a call that does nothing.
+	$(BIN)/esper bench decide --json
+
+policy: setup ## Make the shipped policy anew: collect experience, then train on it. Takes about an hour on 2 cores.
+	$(BIN)/esper trainer collect --out runs/experience
+	$(BIN)/esper trainer train runs/experience --out policies/shipped
+
+ci: ## What a change must pass.
+	.ci/run
+
+clean: ## Remove everything that was made here.
+	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,53 @@
+"""``esper config``: the settings in force."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from esperml.settings import SettingsError, sources
+
+
+@click.group()
+def config() -> None:
+    """Show the settings in force and where each came from.
+
+    Defaults < TOML file < environment < flags. The file is esper.toml in the working folder, or the one that
+    $ESPER_CONFIG or --config names. ESPER_SERVER__PORT=50052 sets server.port.
+    """
+
+
+@config.command()
+@click.option("--config", "file", type=click.Path(path_type=Path), help="TOML file to read.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: key to {value, origin, description}.")
+def show(file: Path | None, as_json: bool) -> None:
+    """Print every setting, its value and its origin.
+
+    \b
+    Example:
+        ESPER_TAMIYO__CONFIDENCE_THRESHOLD=0.7 esper config show
+    """
+    try:
+        _, listed = sources(file=file)
+    except SettingsError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        document = {
+            source.key: {"value": source.value, "origin": source.origin, "description": source.description}
+            for source in listed
+        }
+        click.echo(json.dumps(document, indent=2, default=str))
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("setting", "value", "from", "what it is"):
+        table.add_column(column, overflow="fold")
+    for source in listed:
+        style = None if source.origin == "default" else "bold green"
+        table.add_row(source.key, str(source.value), source.origin, source.description, style=style)
+    Console().print(table)
