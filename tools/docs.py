@@ -1,4 +1,7 @@
-"""Build the documentation into ``build/docs``: the API from docstrings, the contract from the protos.
+"""Build the documentation.
+
+The API from docstrings and the contract from the protos go into ``build/docs``, the page of settings into
+``docs/settings.md``.
 
 Fails, naming each, on anything public that has no documentation.
 """
@@ -132,7 +135,8 @@ def contract() -> None:
     links = "".join(f"<a href='#{file.file.name}'>{Path(file.file.name).stem}</a>" for file in files)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "contract.html").write_text(
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>The contract of Esper</title><style>{STYLE}</style>"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>The contract of Esper</title>"
+        f"<style>{STYLE}</style>"
         f"<h1>esperml.v1</h1><nav>{links}</nav>{body}</html>",
         encoding="utf-8",
     )
@@ -140,13 +144,36 @@ def contract() -> None:
 
 def api() -> None:
     """Write the API reference. Raises ``SystemExit`` if anything public has no docstring."""
-    missing = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "D1", "--ignore", "D105,D107", *_roots()])
+    missing = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--select", "D1", "--ignore", "D105,D107", *_roots()],
+        check=False,
+    )
     if missing.returncode != 0:
         raise SystemExit("public names without a docstring: see above")
     modules = [f"esperml.{package}" for package in PACKAGES]
     subprocess.run(
-        [sys.executable, "-m", "pdoc", "--docformat", "google", "--output-directory", str(OUT / "api"), *modules], check=True
+        [sys.executable, "-m", "pdoc", "--docformat", "google", "--output-directory", str(OUT / "api"), *modules],
+        check=True,
     )
+
+
+def settings_page() -> str:
+    """The text of ``docs/settings.md``, made from the settings' own descriptions."""
+    from esperml.settings import sources
+
+    _, listed = sources(file=None, environment={})
+    lines = [
+        "# Settings",
+        "",
+        "Defaults < TOML file < environment < flags. `esper config show` prints what is in force and where it came",
+        "from. The file is `esper.toml` in the working folder, or the one that `ESPER_CONFIG` names; `[server]` and",
+        "`port = 1` in it set `server.port`, and so does `ESPER_SERVER__PORT=1`.",
+        "",
+        "| setting | default | what it is |",
+        "| --- | --- | --- |",
+        *(f"| `{source.key}` | `{source.value}` | {source.description} |" for source in listed),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _roots() -> list[str]:
@@ -155,6 +182,7 @@ def _roots() -> list[str]:
 
 def main() -> None:
     """Build all of it."""
+    (ROOT / "docs" / "settings.md").write_text(settings_page(), encoding="utf-8")
     contract()
     api()
     sys.stdout.write(f"documentation: {OUT / 'contract.html'} and {OUT / 'api' / 'index.html'}\n")

@@ -16,6 +16,8 @@ from grpc_tools import protoc
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
 GENERATED = ROOT / "generated"
+# They lie beside the interpreter, which need not be on the PATH.
+PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
 
 
 def generate(out: Path) -> None:
@@ -28,6 +30,7 @@ def generate(out: Path) -> None:
             "protoc",
             f"--proto_path={PROTO}",
             f"--proto_path={well_known}",
+            *(f"--plugin={plugin}={Path(sys.executable).parent / plugin}" for plugin in PLUGINS),
             f"--python_out={out}",
             f"--mypy_out=readable_stubs,quiet:{out}",
             f"--grpc_python_out={out}",

@@ -1,5 +1,8 @@
-"""The root of the command line. It imports a command's module only when that command runs, so that ``--help`` is fast
-and a light install can say which extra brings what it lacks."""
+"""The root of the command line.
+
+It imports a command's module only when that command runs, so that ``--help`` is fast and a light install can say which
+extra brings what it lacks.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +44,13 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands, in the order in which a newcomer meets them."""
-        return [*COMMANDS, *super().list_commands(ctx)]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name. Raises ``click.ClickException`` naming the extra if its packages are missing."""
         mount = COMMANDS.get(cmd_name)
         if mount is None:
-            return super().get_command(ctx, cmd_name)
+            return None
         module, _, attribute = mount.target.partition(":")
         try:
             command = getattr(importlib.import_module(module), attribute)
@@ -65,7 +68,7 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands and their summaries without importing any."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, mount.summary) for name, mount in COMMANDS.items()])
+            formatter.write_dl([(name, COMMANDS[name].summary) for name in self.list_commands(ctx)])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -1,6 +1,7 @@
 """Every setting there is, in one typed model: defaults < TOML file < environment < flags."""
 
 from esperml.settings.load import SettingsError, Source, load, sources
+from esperml.settings.logs import configure_logging
 from esperml.settings.model import LogSettings, OonaSettings, ServerSettings, Settings, TamiyoSettings
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "SettingsError",
     "Source",
     "TamiyoSettings",
+    "configure_logging",
     "load",
     "sources",
 ]
