@@ -1,0 +1,69 @@
+"""Clients of the bus and recordings of it. Light: no torch, no numpy.
+
+>>> from esperml.client import OonaClient, new_event
+>>> from esperml.v1 import event_pb2
+>>> async def tell(report):
+...     async with OonaClient("localhost:50051", client_id="example-1") as oona:
+...         await oona.publish(event_pb2.KIND_TELEMETRY, [new_event("my-run", health_report=report)])
+"""
+
+from esperml.client.errors import (
+    BehindFloorError,
+    BelowFloorError,
+    CallFailedError,
+    ClientClosedError,
+    ClientIdConflictError,
+    EsperError,
+    FrameTooLargeError,
+    GroupMismatchError,
+    InvalidRequestError,
+    NotARecordingError,
+    OonaError,
+    PublishTimeoutError,
+    RecordingError,
+    RejectedError,
+    SequenceGapError,
+    StorageError,
+    StreamEndedError,
+    TruncatedRecordingError,
+    UnknownSubscriptionError,
+    WrongPayloadError,
+)
+from esperml.client.events import new_event
+from esperml.client.oona import OonaClient
+from esperml.client.recording import Recorded, Recorder, RecordingInfo, describe, read, record
+from esperml.client.retry import Backoff
+from esperml.client.subscription import Subscription
+
+__all__ = [
+    "Backoff",
+    "BehindFloorError",
+    "BelowFloorError",
+    "CallFailedError",
+    "ClientClosedError",
+    "ClientIdConflictError",
+    "EsperError",
+    "FrameTooLargeError",
+    "GroupMismatchError",
+    "InvalidRequestError",
+    "NotARecordingError",
+    "OonaClient",
+    "OonaError",
+    "PublishTimeoutError",
+    "Recorded",
+    "Recorder",
+    "RecordingError",
+    "RecordingInfo",
+    "RejectedError",
+    "SequenceGapError",
+    "StorageError",
+    "StreamEndedError",
+    "Subscription",
+    "TruncatedRecordingError",
+    "UnknownSubscriptionError",
+    "WrongPayloadError",
+    "describe",
+    "new_event",
+    "read",
+    "record",
+]

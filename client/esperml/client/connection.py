@@ -1,0 +1,129 @@
+"""One stream to the bus, from its Open to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Final, NoReturn, Self
+
+import grpc
+
+from esperml.v1 import oona_pb2, oona_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+OPEN_TIMEOUT_S: Final = 10.0
+
+CHANNEL_OPTIONS: Final[Sequence[tuple[str, int]]] = (
+    # Deliveries are as large as the server's limit on frames allows, which it sets, not we.
+    ("grpc.max_receive_message_length", -1),
+    # A connection of its own for each try: back-off is then ours alone.
+    ("grpc.use_local_subchannel_pool", 1),
+    # Notice a server that vanished without a word.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """A channel to ``target``, plain where there are no credentials."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+
+
+def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    """The metadata that carries the token, if there is one."""
+    return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+class Connection:
+    """One open stream.
+
+    Attributes:
+        opened: what the server said first.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        call: grpc.aio.StreamStreamCall[oona_pb2.StreamRequest, oona_pb2.StreamResponse],
+        opened: oona_pb2.Opened,
+    ) -> None:
+        self._channel = channel
+        self._call = call
+        self.opened = opened
+
+    @classmethod
+    async def open(
+        cls, target: str, client_id: str, token: str | None, credentials: grpc.ChannelCredentials | None
+    ) -> Self:
+        """Connect and open a stream as ``client_id``.
+
+        Raises:
+            grpc.aio.AioRpcError: nobody answers, or the server does not want us.
+            TimeoutError: no answer within 10 s.
+        """
+        channel = open_channel(target, credentials)
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                call = oona_pb2_grpc.OonaStub(channel).Stream(None, metadata=metadata(token))
+                frame = oona_pb2.Open(client_id=client_id, client_version=_client_version())
+                await _write(call, oona_pb2.StreamRequest(request_id=1, open=frame))
+                response = await call.read()
+                if not isinstance(response, oona_pb2.StreamResponse):
+                    await _raise_status(call)
+        except BaseException:
+            await channel.close(None)
+            raise
+        return cls(channel, call, response.opened)
+
+    async def send(self, request: oona_pb2.StreamRequest) -> None:
+        """Send a frame, waiting while the transport is full.
+
+        Raises:
+            grpc.aio.AioRpcError: the stream has ended.
+        """
+        await _write(self._call, request)
+
+    async def responses(self) -> AsyncIterator[oona_pb2.StreamResponse]:
+        """What the server sends. Never ends but by raising the stream's status as ``grpc.aio.AioRpcError``."""
+        while isinstance(response := await self._call.read(), oona_pb2.StreamResponse):
+            yield response
+        await _raise_status(self._call)
+
+    async def close(self) -> None:
+        """End the stream and the connection."""
+        self._call.cancel()
+        await self._channel.close(None)
+
+
+async def _write(
+    call: grpc.aio.StreamStreamCall[oona_pb2.StreamRequest, oona_pb2.StreamResponse], request: oona_pb2.StreamRequest
+) -> None:
+    try:
+        await call.write(request)
+    except asyncio.InvalidStateError:
+        await _raise_status(call)
+
+
+async def _raise_status(call: grpc.aio.StreamStreamCall[oona_pb2.StreamRequest, oona_pb2.StreamResponse]) -> NoReturn:
+    code = await call.code()
+    if code is grpc.StatusCode.OK:
+        # The bus never ends a stream so; whoever did is not what we want to talk to.
+        code = grpc.StatusCode.UNAVAILABLE
+    raise grpc.aio.AioRpcError(
+        code,
+        await call.initial_metadata(),
+        await call.trailing_metadata(),
+        details=await call.details(),
+        debug_error_string=None,
+    )
+
+
+def _client_version() -> str:
+    try:
+        return f"esperml-python/{version('esperml')}"
+    except PackageNotFoundError:  # Run from a source tree that was not installed.
+        return "esperml-python"

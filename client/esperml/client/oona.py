@@ -1,0 +1,413 @@
+"""The client of the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from itertools import count
+from typing import TYPE_CHECKING, Final, NoReturn, Self
+
+import grpc
+import structlog
+
+from esperml.client.connection import Connection, metadata, open_channel
+from esperml.client.errors import (
+    CallFailedError,
+    ClientClosedError,
+    OonaError,
+    PublishTimeoutError,
+    SequenceGapError,
+    StorageError,
+    StreamEndedError,
+    rejection,
+)
+from esperml.client.flow import FlowControl
+from esperml.client.retry import RETRYABLE, Backoff
+from esperml.client.subscription import Subscription
+from esperml.client.window import ResendWindow
+from esperml.v1 import oona_pb2, oona_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from datetime import timedelta
+    from types import TracebackType
+
+    from esperml.v1 import event_pb2
+
+_log = structlog.get_logger(__name__)
+
+WINDOW_BYTES: Final = 32 * 2**20
+CREDIT_BYTES: Final = 64 * 2**20
+
+
+class OonaClient:
+    """Publishes to and subscribes from the bus; an async context manager.
+
+    Entering does not wait for the server. In the background the client connects, and connects again whenever the
+    stream breaks, for as long as it takes: what is unconfirmed goes out again with the same sequences and is stored
+    once, and subscriptions go on where they were.
+
+    Args:
+        target: address of the server, for example ``localhost:50051``.
+        client_id: names this publisher for ever; unique, for example ``session-<run>-<uuid>``. 1 to 128 characters.
+        token: bearer token, where the server asks for one.
+        credentials: for TLS. None: a plain connection.
+        backoff: waiting times between tries.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        client_id: str,
+        token: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        backoff: Backoff | None = None,
+    ) -> None:
+        self._target = target
+        self._client_id = client_id
+        self._token = token
+        self._credentials = credentials
+        self._backoff = Backoff() if backoff is None else backoff
+        self._window = ResendWindow(client_id, WINDOW_BYTES)
+        self._admission = asyncio.Lock()
+        self._room = asyncio.Event()
+        self._subscriptions: dict[int, Subscription] = {}
+        self._subscription_ids = count(1)
+        self._request_ids = count(2)
+        self._outbox: deque[oona_pb2.StreamRequest] = deque()
+        self._answers: dict[int, Callable[[oona_pb2.StreamResponse | None], None]] = {}
+        self._to_send = asyncio.Event()
+        self._connected = asyncio.Event()
+        self._hold_publishing: asyncio.TimerHandle | None = None
+        self._last_refusal: OonaError | None = None
+        self._failure: OonaError | None = None
+        self._max_frame_bytes = 0
+        self._runner: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._runner = asyncio.create_task(self._run(), name=f"oona-client-{self._client_id}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the stream at once. What is unconfirmed fails with :class:`ClientClosedError`."""
+        self._fail(ClientClosedError())
+        if self._runner is not None:
+            self._runner.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._runner
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a stream now."""
+        return self._connected.is_set() and self._failure is None
+
+    async def connected(self) -> None:
+        """Wait until there is a stream.
+
+        Raises:
+            OonaError: there will be none; see :meth:`publish`.
+        """
+        await self._connected.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def publish(
+        self, kind: event_pb2.Kind.ValueType, events: Sequence[event_pb2.Event], *, timeout_s: float | None = None
+    ) -> oona_pb2.Published:
+        """Store events in the log of ``kind``, all or none. Returns when they are stored and synced.
+
+        Calls may overlap; events are stored in the order of the calls. While the server is away or cannot store, this
+        waits and the client goes on trying.
+
+        Args:
+            kind: the log.
+            events: at least one. They are copied.
+            timeout_s: longest time to wait, in s. None: for ever. After it the events may still be stored.
+
+        Raises:
+            RejectedError: the server refused; nothing was stored.
+            FrameTooLargeError: the events are more than the server takes at once.
+            PublishTimeoutError: not confirmed in time.
+            ClientIdConflictError: another publisher uses the same client id.
+            StreamEndedError: the server ended the stream for good.
+            ClientClosedError: the client is closed.
+        """
+        request = oona_pb2.StreamRequest(publish=oona_pb2.Publish(kind=kind, events=events))
+        try:
+            async with asyncio.timeout(timeout_s):
+                # One after the other through this door, so that a full window does not change the order.
+                async with self._admission:
+                    while self._window.full and self._failure is None:
+                        self._room.clear()
+                        await self._room.wait()
+                    if self._failure is not None:
+                        raise self._failure
+                    frame = self._window.add(request)
+                    self._to_send.set()
+                return await frame.confirmed
+        except TimeoutError:
+            if timeout_s is None:
+                raise
+            raise PublishTimeoutError(timeout_s) from self._last_refusal
+
+    def subscribe(
+        self,
+        kind: event_pb2.Kind.ValueType,
+        *,
+        run_ids: Iterable[str] = (),
+        group: str = "",
+        start: oona_pb2.StartAt | None = None,
+        end_offset: int | None = None,
+        ack_deadline: timedelta | None = None,
+        credit: int = 1024,
+        credit_bytes: int = CREDIT_BYTES,
+    ) -> Subscription:
+        """Ask for records of ``kind``. Enter what is returned with ``async with``, and iterate over it.
+
+        Args:
+            kind: the log.
+            run_ids: only records of these runs. Empty: of all.
+            group: group to share the records with, each run's going to one member. Empty: a private reader.
+            start: where to start. None: committed for a group, latest for a private reader.
+            end_offset: stop before this offset. Private readers only.
+            ack_deadline: time after which an unacknowledged record comes again. None: the server's. Groups only.
+            credit: most records that may wait here for the reader.
+            credit_bytes: most bytes of them. At least twice the largest record, or that one never comes.
+        """
+        request = oona_pb2.Subscribe(
+            subscription_id=next(self._subscription_ids), kind=kind, run_ids=run_ids, group=group, start=start
+        )
+        if end_offset is not None:
+            request.end_offset = end_offset
+        if ack_deadline is not None:
+            request.ack_deadline.FromTimedelta(ack_deadline)
+        return Subscription(self, request, FlowControl(credit, credit_bytes))
+
+    async def topics(self) -> list[oona_pb2.Topic]:
+        """The topics, one a kind. Raises :class:`CallFailedError`."""
+        try:
+            async with open_channel(self._target, self._credentials) as channel:
+                call = oona_pb2_grpc.OonaStub(channel).ListTopics
+                response = await call(oona_pb2.ListTopicsRequest(), metadata=metadata(self._token))
+        except grpc.aio.AioRpcError as error:
+            raise CallFailedError("ListTopics", error.code(), error.details() or "") from error
+        return list(response.topics)
+
+    async def describe(self, kind: event_pb2.Kind.ValueType) -> oona_pb2.DescribeTopicResponse:
+        """One topic, with its groups and their lag. Raises :class:`CallFailedError`."""
+        try:
+            async with open_channel(self._target, self._credentials) as channel:
+                call = oona_pb2_grpc.OonaStub(channel).DescribeTopic
+                return await call(oona_pb2.DescribeTopicRequest(kind=kind), metadata=metadata(self._token))
+        except grpc.aio.AioRpcError as error:
+            raise CallFailedError("DescribeTopic", error.code(), error.details() or "") from error
+
+    async def purge(self, kind: event_pb2.Kind.ValueType, before: int) -> int:
+        """Delete records below offset ``before``, as far as they fill whole batches.
+
+        Returns the first offset that is still there. Raises :class:`CallFailedError`.
+        """
+        request = oona_pb2.PurgeTopicRequest(kind=kind, before_offset=before)
+        try:
+            async with open_channel(self._target, self._credentials) as channel:
+                call = oona_pb2_grpc.OonaStub(channel).PurgeTopic
+                response = await call(request, metadata=metadata(self._token))
+        except grpc.aio.AioRpcError as error:
+            raise CallFailedError("PurgeTopic", error.code(), error.details() or "") from error
+        return response.earliest_offset
+
+    # What subscriptions call.
+
+    def send(
+        self,
+        request: oona_pb2.StreamRequest,
+        on_answer: Callable[[oona_pb2.StreamResponse | None], None] | None = None,
+    ) -> None:
+        """Queue a request on the present stream, for subscriptions. Without a stream, the answer is None at once."""
+        if not self.is_connected:
+            if on_answer is not None:
+                on_answer(None)
+            return
+        request.request_id = next(self._request_ids)
+        if on_answer is not None:
+            self._answers[request.request_id] = on_answer
+        self._outbox.append(request)
+        self._to_send.set()
+
+    def add(self, subscription: Subscription) -> None:
+        """Carry a subscription from now on."""
+        if self._failure is not None:
+            raise self._failure
+        self._subscriptions[subscription.subscription_id] = subscription
+        if self.is_connected:
+            self._send_subscription(subscription)
+
+    def remove(self, subscription: Subscription) -> None:
+        """Carry a subscription no longer."""
+        self._subscriptions.pop(subscription.subscription_id, None)
+
+    # The stream.
+
+    async def _run(self) -> None:
+        """Keep a stream open until the client is closed or trying again is of no use."""
+        try:
+            await self._keep_a_stream()
+        except OonaError as error:
+            self._fail(error)
+        finally:
+            # Nobody must wait for ever for a client that has stopped, whatever stopped it.
+            self._fail(ClientClosedError())
+
+    async def _keep_a_stream(self) -> NoReturn:
+        announced = False
+        while True:
+            try:
+                await self._serve_a_stream()
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in RETRYABLE:
+                    raise StreamEndedError(error.code(), error.details() or "") from error
+                detail = f"{error.code().name}: {error.details()}"
+            except TimeoutError:
+                detail = "no answer"
+            was_connected = self.is_connected
+            self._lose_stream()
+            if was_connected or not announced:
+                _log.warning("server_unreachable", target=self._target, client_id=self._client_id, detail=detail)
+                announced = True
+            await asyncio.sleep(self._backoff.next_delay())
+
+    async def _serve_a_stream(self) -> None:
+        connection = await self._reconnect()
+        sender = asyncio.create_task(self._send_queued(connection))
+        try:
+            async for response in connection.responses():
+                self._dispatch(response)
+        finally:
+            sender.cancel()
+            await asyncio.wait([sender])
+            await connection.close()
+
+    async def _reconnect(self) -> Connection:
+        """Open a stream and make it carry on where the last one broke off."""
+        connection = await Connection.open(self._target, self._client_id, self._token, self._credentials)
+        try:
+            # Unconfirmed frames go out again, with the same sequences.
+            self._number_anew(connection.opened.next_sequence)
+            self._window.refuse_larger_than(connection.opened.max_frame_bytes)
+        except OonaError:
+            await connection.close()
+            raise
+        self._outbox.clear()
+        self._backoff.reset()
+        self._max_frame_bytes = connection.opened.max_frame_bytes
+        self._connected.set()
+        # Subscriptions go on behind the last record that came, with their credit granted again.
+        for subscription in list(self._subscriptions.values()):
+            self._send_subscription(subscription)
+        self._to_send.set()
+        _log.info("server_connected", target=self._target, client_id=self._client_id, resent=len(self._window))
+        return connection
+
+    def _send_subscription(self, subscription: Subscription) -> None:
+        subscribe, *grant = subscription.requests()
+        self.send(subscribe, subscription.on_subscribed)
+        for request in grant:
+            self.send(request)
+
+    async def _send_queued(self, connection: Connection) -> None:
+        while True:
+            self._to_send.clear()
+            while (request := self._next_request()) is not None:
+                try:
+                    await connection.send(request)
+                except grpc.aio.AioRpcError:
+                    return  # The receiving side sees the same status, and acts on it.
+            await self._to_send.wait()
+
+    def _next_request(self) -> oona_pb2.StreamRequest | None:
+        if self._outbox:
+            return self._outbox.popleft()
+        if self._hold_publishing is not None:
+            return None
+        self._window.refuse_larger_than(self._max_frame_bytes)
+        return self._window.next_to_send(next(self._request_ids))
+
+    def _dispatch(self, response: oona_pb2.StreamResponse) -> None:
+        """Hand one frame of the server to whom it concerns."""
+        match response.WhichOneof("response"):
+            case "delivery":
+                if subscription := self._subscriptions.get(response.delivery.subscription_id):
+                    subscription.on_delivery(response.delivery.records)
+            case "published":
+                self._window.confirm(response.request_id, response.published)
+                self._last_refusal = None
+                self._room.set()
+            case "progress":
+                if subscription := self._subscriptions.get(response.progress.subscription_id):
+                    subscription.on_progress(response.progress.high_watermark)
+            case "closed" if not response.request_id:
+                if subscription := self._subscriptions.get(response.closed.subscription_id):
+                    subscription.on_closed(response.closed)
+            case "rejected" if self._window.under_way(response.request_id):
+                self._on_publish_rejected(response.request_id, response.rejected)
+            case name:
+                if answer := self._answers.pop(response.request_id, None):
+                    answer(response)
+                elif name == "rejected":
+                    _log.warning("request_rejected", client_id=self._client_id, message=response.rejected.message)
+
+    def _on_publish_rejected(self, request_id: int, rejected: oona_pb2.Rejected) -> None:
+        error = rejection(rejected)
+        if isinstance(error, StorageError):
+            # Everything behind it leaves a gap now and is refused as well: all of it goes out again, later.
+            if self._last_refusal is None:
+                _log.warning("server_cannot_store", target=self._target, detail=error.message)
+            self._last_refusal = error
+            self._window.rewind()
+            delay = self._backoff.next_delay()
+            self._hold_publishing = asyncio.get_running_loop().call_later(delay, self._publish_again)
+        elif isinstance(error, SequenceGapError) and error.expected_sequence is not None:
+            self._number_anew(error.expected_sequence)
+            self._to_send.set()
+        else:
+            self._window.refuse(request_id, error)
+            self._to_send.set()
+            self._room.set()
+
+    def _number_anew(self, server_next: int) -> None:
+        if lost := self._window.resume(server_next):
+            _log.error("server_lost_confirmed_events", target=self._target, client_id=self._client_id, events=lost)
+
+    def _publish_again(self) -> None:
+        self._hold_publishing = None
+        self._to_send.set()
+
+    def _lose_stream(self) -> None:
+        """Tell everyone who waits for an answer of the stream that is gone."""
+        self._connected.clear()
+        if self._hold_publishing is not None:
+            self._hold_publishing.cancel()
+            self._hold_publishing = None
+        answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            answer(None)
+
+    def _fail(self, error: OonaError) -> None:
+        """End everything with an error. The first one stays."""
+        if self._failure is not None:
+            return
+        self._failure = error
+        self._lose_stream()
+        self._window.fail(error)
+        for subscription in list(self._subscriptions.values()):
+            subscription.fail(error)
+        self._subscriptions.clear()
+        self._room.set()
+        self._connected.set()

@@ -1,0 +1,318 @@
+"""Reading from the bus: one subscription, which outlives the streams that carry it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Protocol, Self
+
+import structlog
+
+from esperml.client.errors import BehindFloorError, ClientClosedError, OonaError, rejection
+from esperml.contract import kind_name
+from esperml.v1 import oona_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable
+    from types import TracebackType
+
+    from esperml.client.flow import FlowControl
+    from esperml.v1 import event_pb2
+
+_log = structlog.get_logger(__name__)
+
+
+class Sender(Protocol):
+    """What a subscription needs of the client that owns it."""
+
+    def send(
+        self,
+        request: oona_pb2.StreamRequest,
+        on_answer: Callable[[oona_pb2.StreamResponse | None], None] | None = None,
+    ) -> None:
+        """Queue a request; the answer, or None when the stream is lost before it comes, goes to ``on_answer``."""
+        ...
+
+    def add(self, subscription: Subscription) -> None:
+        """Carry the subscription on this stream and on those that follow."""
+        ...
+
+    def remove(self, subscription: Subscription) -> None:
+        """Carry it no longer."""
+        ...
+
+
+class Subscription:
+    """Records of one kind: an async context manager and an async iterator.
+
+    Entering waits until the server has taken the subscription. When the stream breaks, the client opens another and
+    the subscription goes on: a private reader behind the last record that it received, a member of a group with
+    whatever the group has not acknowledged. Iteration ends at ``end_offset``, after :meth:`drain` or
+    :meth:`unsubscribe`.
+
+    Raises (from entering and from iteration):
+        RejectedError: the server refused the subscription.
+        BehindFloorError: records yet to be read were purged.
+        StreamEndedError: the server ended the stream for good.
+        ClientClosedError: the client was closed.
+
+    Attributes:
+        subscription_id: its number on the stream.
+        kind: the log that it reads.
+        start_offset: offset from which it reads, as the server said when it last took the subscription.
+        high_watermark: offset of the next record to be stored, as far as the server has told.
+    """
+
+    def __init__(self, sender: Sender, request: oona_pb2.Subscribe, flow: FlowControl) -> None:
+        self.subscription_id = request.subscription_id
+        self.kind: event_pb2.Kind.ValueType = request.kind
+        self.start_offset = 0
+        self.high_watermark = 0
+        self._sender = sender
+        self._request = request
+        self._flow = flow
+        self._buffer: deque[tuple[event_pb2.Record, int]] = deque()
+        self._buffered_bytes = 0
+        self._stands = asyncio.Event()
+        self._caught_up = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._taken = False
+        self._ended = False
+        self._error: OonaError | None = None
+        # Run → offset that was given back: what comes of the run beyond it, comes again behind it.
+        self._held: dict[str, int] = {}
+
+    async def __aenter__(self) -> Self:
+        self._sender.add(self)
+        try:
+            await self._stands.wait()
+        except asyncio.CancelledError:
+            self._sender.remove(self)
+            raise
+        if self._error is not None:
+            raise self._error
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.unsubscribe()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> event_pb2.Record:
+        if not self._buffer:
+            await self._wait_for_records()
+        return self._take()
+
+    async def batches(self) -> AsyncIterator[list[event_pb2.Record]]:
+        """Iterate over whatever has arrived, at least one record at a time: fewer awaits than record by record."""
+        while True:
+            try:
+                await self._wait_for_records()
+            except StopAsyncIteration:
+                return
+            yield [self._take() for _ in range(len(self._buffer))]
+
+    async def caught_up(self) -> None:
+        """Wait until the server has sent everything there was, or the subscription has ended.
+
+        What it sent may still wait here to be iterated over.
+        """
+        await self._caught_up.wait()
+        if self._error is not None:
+            raise self._error
+
+    async def ack(self, *records: event_pb2.Record) -> int | None:
+        """Say that records are done with, and wait until the server has stored it. Groups only.
+
+        Returns:
+            The offset below which the whole group is done with everything, or None where the stream broke first: what
+            was not acknowledged then comes again.
+
+        Raises:
+            RejectedError: the server refused, for example because the reader is private.
+        """
+        return await self._settle(oona_pb2.Ack(acked=_ranges(record.offset for record in records)))
+
+    async def nack(self, record: event_pb2.Record) -> None:
+        """Give a record back, to be delivered again.
+
+        Later records of its run wait for it: those that have arrived here are dropped and come again behind it.
+
+        Raises:
+            RejectedError: the server refused, for example because the reader is private.
+        """
+        run_id = record.event.run_id
+        self._held[run_id] = min(record.offset, self._held.get(run_id, record.offset))
+        kept = [(other, size) for other, size in self._buffer if not self._is_held(other)]
+        dropped = [size for other, size in self._buffer if self._is_held(other)]
+        self._buffer = deque(kept)
+        for size in dropped:
+            self._count_taken(size)
+        await self._settle(oona_pb2.Ack(nacked=[record.offset]))
+
+    async def extend(self, *records: event_pb2.Record) -> None:
+        """Say that records are still being worked on: their deadline starts anew.
+
+        Raises:
+            RejectedError: the server refused, for example because the reader is private.
+        """
+        await self._settle(oona_pb2.Ack(extended=[record.offset for record in records]))
+
+    def drain(self) -> None:
+        """Take nothing more in. What has arrived can still be iterated over and acknowledged; then iteration ends."""
+        self._ended = True
+        self._changed.set()
+        self._caught_up.set()
+
+    async def unsubscribe(self) -> None:
+        """End the subscription and forget what has arrived. Waits for the server only while there is a stream."""
+        self.drain()
+        self._buffer.clear()
+        self._buffered_bytes = 0
+        if not self._taken:
+            return
+        self._taken = False
+        closed = asyncio.Event()
+        request = oona_pb2.Unsubscribe(subscription_id=self.subscription_id)
+        self._sender.remove(self)
+        self._sender.send(oona_pb2.StreamRequest(unsubscribe=request), lambda _: closed.set())
+        await closed.wait()
+
+    # What the client calls as frames come.
+
+    def requests(self) -> list[oona_pb2.StreamRequest]:
+        """What a new stream must be sent so that the subscription goes on where it was."""
+        if self._request.group:
+            # The server hands these out anew: to keep them would be to work on them twice.
+            self._buffer.clear()
+            self._buffered_bytes = 0
+            self._held.clear()
+        messages, size = self._flow.open(len(self._buffer), self._buffered_bytes)
+        subscribe = oona_pb2.StreamRequest(subscribe=self._request)
+        if not messages or not size:
+            return [subscribe]
+        grant = oona_pb2.Grant(subscription_id=self.subscription_id, messages=messages, bytes=size)
+        return [subscribe, oona_pb2.StreamRequest(grant=grant)]
+
+    def on_subscribed(self, answer: oona_pb2.StreamResponse | None) -> None:
+        """The server took the subscription, refused it, or the stream was lost."""
+        if answer is None:
+            return
+        if answer.HasField("rejected"):
+            self._sender.remove(self)
+            self.fail(rejection(answer.rejected))
+            return
+        self.start_offset = answer.subscribed.start_offset
+        self.high_watermark = answer.subscribed.high_watermark
+        self._goes_on_at(answer.subscribed.start_offset)
+        self._taken = True
+        self._stands.set()
+
+    def on_delivery(self, records: Iterable[event_pb2.Record]) -> None:
+        """Records came."""
+        if self._ended:
+            return
+        for record in records:
+            size = record.ByteSize()
+            if self._held:
+                if self._is_held(record):
+                    self._count_taken(size)
+                    continue
+                if self._held.get(record.event.run_id) == record.offset:
+                    del self._held[record.event.run_id]
+            self._buffer.append((record, size))
+            self._buffered_bytes += size
+            self._goes_on_at(record.offset + 1)
+        self._changed.set()
+
+    def on_progress(self, high_watermark: int) -> None:
+        """The server has sent everything there is."""
+        self.high_watermark = high_watermark
+        self._goes_on_at(high_watermark)
+        self._caught_up.set()
+
+    def on_closed(self, closed: oona_pb2.Closed) -> None:
+        """The server ended the subscription unasked."""
+        self._taken = False
+        self._sender.remove(self)
+        if closed.reason == oona_pb2.CLOSE_REASON_BEHIND_FLOOR:
+            self.fail(BehindFloorError(closed.earliest_offset))
+        else:
+            self.drain()
+
+    def fail(self, error: OonaError) -> None:
+        """End the subscription with an error, which follows what has arrived."""
+        self._error = error
+        self._ended = True
+        self._taken = False
+        for event in (self._stands, self._caught_up, self._changed):
+            event.set()
+
+    # Inside.
+
+    def _goes_on_at(self, offset: int) -> None:
+        """Note where a private reader goes on after a break; a group knows that itself."""
+        if self._request.group:
+            self._request.ClearField("start")
+        else:
+            self._request.start.offset = offset
+
+    def _is_held(self, record: event_pb2.Record) -> bool:
+        held = self._held.get(record.event.run_id)
+        return held is not None and record.offset > held
+
+    async def _wait_for_records(self) -> None:
+        while not self._buffer:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _take(self) -> event_pb2.Record:
+        record, size = self._buffer.popleft()
+        self._buffered_bytes -= size
+        self._count_taken(size)
+        return record
+
+    def _count_taken(self, size: int) -> None:
+        grant = self._flow.take(size)
+        if grant is None or self._ended or not self._taken:
+            return
+        messages, size = grant
+        request = oona_pb2.Grant(subscription_id=self.subscription_id, messages=messages, bytes=size)
+        self._sender.send(oona_pb2.StreamRequest(grant=request))
+
+    async def _settle(self, ack: oona_pb2.Ack) -> int | None:
+        if isinstance(self._error, ClientClosedError):
+            raise self._error
+        ack.subscription_id = self.subscription_id
+        answered: asyncio.Future[oona_pb2.StreamResponse | None] = asyncio.get_running_loop().create_future()
+
+        def on_answer(answer: oona_pb2.StreamResponse | None) -> None:
+            if not answered.done():
+                answered.set_result(answer)
+
+        self._sender.send(oona_pb2.StreamRequest(ack=ack), on_answer)
+        answer = await answered
+        if answer is None:
+            _log.info("acknowledgement_lost", kind=kind_name(self.kind), group=self._request.group)
+            return None
+        if answer.HasField("rejected"):
+            raise rejection(answer.rejected)
+        return answer.acked.committed_offset
+
+
+def _ranges(offsets: Iterable[int]) -> list[oona_pb2.OffsetRange]:
+    """Consecutive offsets as ranges."""
+    ranges: list[oona_pb2.OffsetRange] = []
+    for offset in sorted(offsets):
+        if ranges and offset <= ranges[-1].last + 1:
+            ranges[-1].last = offset
+        else:
+            ranges.append(oona_pb2.OffsetRange(first=offset, last=offset))
+    return ranges
