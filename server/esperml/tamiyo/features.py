@@ -1,0 +1,117 @@
+"""From raw measures to tensors: feature version 1, the one way in which server and trainer see a host.
+
+Three rules hold for every feature. A measure that may be absent comes with a flag that says whether it is known, and is
+zero where it is not. Sizes and norms are squashed by logarithms, and are given relative to the rest of the host too,
+since absolute scales do not carry over from one host to another. Nothing depends on how fast the machine is.
+
+docs/features.md lists every feature with its meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from esperml.tamiyo import health
+from esperml.tamiyo.columns import Array, place_arrays
+from esperml.tamiyo.feature_names import GRAPH_FEATURES, NODE_FEATURES, PLACE_FEATURES
+from esperml.tamiyo.graph_features import graph_features
+from esperml.tamiyo.graphs import EDGE_KINDS, GraphBatch, GraphTensors, collate
+from esperml.tamiyo.node_features import node_features
+from esperml.tamiyo.place_features import place_features
+from esperml.tamiyo.squash import finite
+from esperml.tamiyo.topology import Topology
+from esperml.tamiyo.view import StateView
+from esperml.v1 import graph_pb2
+
+__all__ = [
+    "EDGE_KINDS",
+    "FEATURE_VERSION",
+    "GRAPH_FEATURES",
+    "NODE_FEATURES",
+    "PLACE_FEATURES",
+    "GraphBatch",
+    "GraphTensors",
+    "allowed_blueprints",
+    "collate",
+    "extract",
+]
+
+FEATURE_VERSION = 1
+"""Counts changes of any formula or feature. A checkpoint names the one that it was trained on."""
+
+
+def extract(state: graph_pb2.ModelGraphState, vocabulary: Sequence[str]) -> GraphTensors:
+    """The tensors of a state.
+
+    Only raw measures are read: what Tamiyo derives is derived here again, so that old recordings and states made by
+    hand mean the same.
+
+    Args:
+        state: a state that was validated (:func:`esperml.tamiyo.validate.check_state`) or made by the analyzer.
+        vocabulary: names of the B blueprints that the policy knows, in its order.
+
+    Returns:
+        Tensors of float32, int64 and bool, all finite.
+    """
+    topology = Topology.of(state.graph)
+    size, places = len(state.graph.layers), len(state.graph.places.sources)
+    view = StateView(
+        state=state,
+        topology=topology,
+        layers=health.state_arrays(state, topology),
+        places=place_arrays(state.places, places),
+    )
+    dataflow = topology.dataflow
+    edges = {
+        "forward": topology.forward,
+        "reverse": np.concatenate([dataflow[::-1], topology.recurrent], axis=1),
+        "residual": topology.residual,
+        "span": topology.span,
+    }
+    return GraphTensors(
+        node=_tensor(node_features(view), NODE_FEATURES, size),
+        edge_index=tuple(torch.from_numpy(np.ascontiguousarray(edges[kind])) for kind in EDGE_KINDS),
+        place_source=torch.from_numpy(view.place_source),
+        place_target=torch.from_numpy(view.place_target),
+        place=_tensor(place_features(view), PLACE_FEATURES, places),
+        allowed=torch.from_numpy(allowed_blueprints(state, vocabulary)),
+        graph=_tensor(graph_features(view), GRAPH_FEATURES, 1)[0],
+    )
+
+
+def allowed_blueprints(state: graph_pb2.ModelGraphState, vocabulary: Sequence[str]) -> NDArray[np.bool_]:
+    """What may be germinated where: the state's mask, or what fits where it has none.
+
+    Args:
+        state: a validated state with P places.
+        vocabulary: names of B blueprints.
+
+    Returns:
+        Shape ``[P, B]``. False for blueprints that the host does not have.
+    """
+    places = len(state.graph.places.sources)
+    if not state.HasField("mask"):
+        bits = state.graph.places.blueprints
+    elif state.mask.may_adapt:
+        bits = state.mask.blueprints
+    else:
+        return np.zeros((places, len(vocabulary)), dtype=np.bool_)
+    masks = np.fromiter(bits, dtype=np.uint64, count=places)
+    allowed = np.zeros((places, len(vocabulary)), dtype=np.bool_)
+    position = {name: bit for bit, name in enumerate(state.graph.blueprints)}
+    for column, name in enumerate(vocabulary):
+        if name in position:
+            allowed[:, column] = (masks >> np.uint64(position[name])) & np.uint64(1)
+    return allowed
+
+
+def _tensor(columns: dict[str, Array], names: Sequence[str], size: int) -> Tensor:
+    table = np.empty((size, len(names)), dtype=np.float32)
+    for position, name in enumerate(names):
+        table[:, position] = finite(columns[name])
+    return torch.from_numpy(table)
