@@ -1,0 +1,51 @@
+"""The torch side: wrap a model, grow seeds in it, tell Tamiyo how it fares, and do what Tamiyo decides.
+
+::
+
+    from esperml import kasmina
+
+    model = kasmina.wrap(model, example_input)
+    with kasmina.connect("localhost:50051", model, optimizer, run="my-run", mode="act") as session:
+        for batch in loader:
+            ...  # forward, backward, optimizer.step()
+            session.step(loss=loss)
+    print(session.summary())
+"""
+
+from esperml.kasmina.blueprints import Blueprint, register, registered, unregister
+from esperml.kasmina.errors import KasminaError, RefusedError, UnsupportedHostError
+from esperml.kasmina.evaluation import Evaluator
+from esperml.kasmina.geometry import Geometry
+from esperml.kasmina.grafting import Grafter
+from esperml.kasmina.grpc_link import GrpcLink
+from esperml.kasmina.host import Host, KasminaLayer, Place, host_of, wrap
+from esperml.kasmina.link import Link, LinkStatistics, LocalLink
+from esperml.kasmina.seeds import Seed
+from esperml.kasmina.session import Session, connect
+from esperml.kasmina.summary import Summary
+
+__all__ = [
+    "Blueprint",
+    "Evaluator",
+    "Geometry",
+    "Grafter",
+    "GrpcLink",
+    "Host",
+    "KasminaError",
+    "KasminaLayer",
+    "Link",
+    "LinkStatistics",
+    "LocalLink",
+    "Place",
+    "RefusedError",
+    "Seed",
+    "Session",
+    "Summary",
+    "UnsupportedHostError",
+    "connect",
+    "host_of",
+    "register",
+    "registered",
+    "unregister",
+    "wrap",
+]

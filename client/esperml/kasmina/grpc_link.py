@@ -1,0 +1,195 @@
+"""The link to a server: one background thread, so that the training thread never waits for the network."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from esperml.client.errors import FrameTooLargeError, OonaError, RejectedError
+from esperml.client.oona import OonaClient
+from esperml.client.subscription import Subscription
+from esperml.contract import kind_name
+from esperml.kasmina.link import LinkStatistics
+from esperml.v1 import decision_pb2, event_pb2
+
+if TYPE_CHECKING:
+    from esperml.kasmina.link import Kind
+
+_log = structlog.get_logger(__name__)
+
+MAX_REPORTS: Final = 256
+"""Reports that wait to be sent; the oldest goes when another comes."""
+
+MAX_OTHERS: Final = 4096
+"""Events and outcomes that wait to be sent; likewise."""
+
+_FRAME_EVENTS: Final = 64
+_LINGER_S: Final = 0.02
+
+
+class GrpcLink:
+    """A link to the server at ``target``; see :class:`~esperml.kasmina.link.Link`.
+
+    Making one neither waits nor fails: a server that is not there yet, or goes away, is waited for in the background
+    while what is to be sent queues up to a bound. The run's commands are subscribed to before anything is sent, so
+    that none is missed.
+
+    Args:
+        target: address of the server, for example ``localhost:50051``.
+        run_id: the run whose commands to read.
+        token: bearer token, where the server asks for one.
+    """
+
+    def __init__(self, target: str, run_id: str, *, token: str | None = None) -> None:
+        self._target = target
+        self._run_id = run_id
+        self._token = token
+        self._lock = threading.Lock()
+        self._reports: deque[tuple[int, Kind, event_pb2.Event]] = deque()
+        self._others: deque[tuple[int, Kind, event_pb2.Event]] = deque()
+        self._published = 0
+        self._reports_dropped = 0
+        self._others_dropped = 0
+        self._commands: deque[decision_pb2.Command] = deque()
+        self._sender_seconds = 0.0
+        self._oona: OonaClient | None = None
+        self._closing = False
+        self._loop = asyncio.new_event_loop()
+        self._wake = asyncio.Event()
+        self._main: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name=f"esper-link-{run_id}", daemon=True)
+        self._thread.start()
+
+    def publish(self, kind: Kind, event: event_pb2.Event) -> None:
+        """Queue an event; where the queue is full, the oldest of its sort is dropped and counted."""
+        with self._lock:
+            self._published += 1
+            entry = (self._published, kind, event)
+            if kind == event_pb2.KIND_TELEMETRY:
+                if len(self._reports) >= MAX_REPORTS:
+                    self._reports.popleft()
+                    self._reports_dropped += 1
+                self._reports.append(entry)
+            else:
+                if len(self._others) >= MAX_OTHERS:
+                    self._others.popleft()
+                    self._others_dropped += 1
+                self._others.append(entry)
+            first = len(self._reports) + len(self._others) == 1
+        if first:
+            self._notify()
+
+    def commands(self) -> list[decision_pb2.Command]:
+        """The commands that came since the last call, oldest first."""
+        commands = []
+        while self._commands:
+            commands.append(self._commands.popleft())
+        return commands
+
+    def statistics(self) -> LinkStatistics:
+        """What the link did so far."""
+        oona = self._oona
+        connected = oona is not None and oona.is_connected
+        return LinkStatistics(self._reports_dropped, self._others_dropped, self._sender_seconds, connected)
+
+    def close(self, timeout_s: float) -> None:
+        """Send what is left, for at most ``timeout_s`` seconds, and end the thread."""
+        self._closing = True
+        self._notify()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._call_soon(self._cancel)
+            self._thread.join()
+        left = len(self._reports) + len(self._others)
+        if left:
+            _log.warning("events_not_sent", target=self._target, run_id=self._run_id, events=left)
+
+    def _notify(self) -> None:
+        self._call_soon(self._wake.set)
+
+    def _call_soon(self, callback: Any) -> None:
+        # The thread ends by itself when the server refuses it for good; there is nobody to tell then.
+        if not self._loop.is_closed():
+            try:
+                self._loop.call_soon_threadsafe(callback)
+            except RuntimeError:
+                if not self._loop.is_closed():
+                    raise
+
+    def _cancel(self) -> None:
+        if self._main is not None:
+            self._main.cancel()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            try:
+                runner.run(self._work())
+            except asyncio.CancelledError:
+                _log.debug("link_cancelled", target=self._target, run_id=self._run_id)
+            except OonaError as error:
+                _log.warning("link_ended", target=self._target, run_id=self._run_id, error=str(error))
+            finally:
+                self._oona = None
+
+    async def _work(self) -> None:
+        self._main = asyncio.current_task()
+        client_id = f"session-{uuid.uuid4().hex}"
+        async with OonaClient(self._target, client_id=client_id, token=self._token) as oona:
+            self._oona = oona
+            async with oona.subscribe(event_pb2.KIND_COMMANDS, run_ids=[self._run_id]) as subscription:
+                await _first_of(self._send(oona), self._read(subscription))
+
+    async def _read(self, subscription: Subscription) -> None:
+        async for record in subscription:
+            self._commands.append(record.event.command)
+
+    async def _send(self, oona: OonaClient) -> None:
+        while True:
+            kind, events = self._take()
+            if events:
+                try:
+                    await oona.publish(kind, events)
+                except (RejectedError, FrameTooLargeError) as error:
+                    _log.warning("events_refused", kind=kind_name(kind), events=len(events), error=str(error))
+            elif self._closing:
+                return
+            else:
+                self._sender_seconds = time.thread_time()
+                await self._wake.wait()
+                self._wake.clear()
+                if not self._closing:
+                    # Reports of fast steps share a frame: a frame costs more than an event.
+                    await asyncio.sleep(_LINGER_S)
+            self._sender_seconds = time.thread_time()
+
+    def _take(self) -> tuple[Kind, list[event_pb2.Event]]:
+        """The oldest events of one kind, as many as follow each other and go into a frame."""
+        with self._lock:
+            queues = [queue for queue in (self._reports, self._others) if queue]
+            if not queues:
+                return event_pb2.KIND_UNSPECIFIED, []
+            queue = min(queues, key=lambda entries: entries[0][0])
+            kind = queue[0][1]
+            events = []
+            while queue and queue[0][1] == kind and len(events) < _FRAME_EVENTS:
+                events.append(queue.popleft()[2])
+            return kind, events
+
+
+async def _first_of(*works: Coroutine[Any, Any, None]) -> None:
+    """Run until one of ``works`` ends or fails, then cancel the others."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            await task
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,394 @@
+"""The session: what a training loop calls once per optimizer step, and all that it does then."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import structlog
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esperml.client.events import new_event
+from esperml.kasmina import stages
+from esperml.kasmina.clock import StepClock
+from esperml.kasmina.commands import Commander
+from esperml.kasmina.evaluation import Evaluator, evaluate_host, evaluate_without
+from esperml.kasmina.grafting import Grafter
+from esperml.kasmina.grpc_link import GrpcLink
+from esperml.kasmina.host import host_of
+from esperml.kasmina.link import Link
+from esperml.kasmina.seeds import Seed
+from esperml.kasmina.summary import Summary
+from esperml.kasmina.telemetry import Telemetry
+from esperml.settings import TamiyoSettings
+from esperml.v1 import decision_pb2, event_pb2, graph_pb2, health_pb2, run_pb2
+
+_log = structlog.get_logger(__name__)
+
+ModeName = Literal["observe", "advise", "act"]
+
+_MODES: Final[Mapping[str, decision_pb2.Mode.ValueType]] = {
+    "observe": decision_pb2.MODE_OBSERVE,
+    "advise": decision_pb2.MODE_ADVISE,
+    "act": decision_pb2.MODE_ACT,
+}
+_CLOSE_TIMEOUT_S: Final = 5.0
+_ACTIONS_KEPT: Final = 1000
+_HOLD_STEPS: Final = TamiyoSettings().hold_steps
+
+
+def connect(
+    target: str | Link,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    run: str,
+    scheduler: object | None = None,
+    evaluate: Evaluator | None = None,
+    mode: ModeName = "advise",
+    limits: graph_pb2.RunLimits | None = None,
+    policy: str = "",
+    paired_run: str = "",
+    labels: Mapping[str, str] | None = None,
+    report_every: int = 50,
+    evaluate_every: int | None = None,
+    token: str | None = None,
+) -> Session:
+    """Connect a training run to Tamiyo. Never waits, and never fails for a server that is not there.
+
+    Args:
+        target: address of the server, for example ``localhost:50051``, or a link.
+        model: a model that :func:`~esperml.kasmina.wrap` has wrapped.
+        optimizer: the optimizer that trains it.
+        run: name of the run, 1 to 128 characters, unique on the server.
+        scheduler: learning-rate scheduler, if there is one; it is extended when parameters join the optimizer.
+        evaluate: gives the held-out loss of the model; called with the model in evaluation mode and without
+            gradients, after which modes, buffers and random number generators are restored.
+        mode: how far Tamiyo may go: ``observe`` records only, ``advise`` waits for approval, ``act`` acts.
+        limits: what the run allows; no command can go beyond it. Absent fields are the server's defaults.
+        policy: name of the policy that shall decide; empty for the server's default.
+        paired_run: run of a twin that is left alone; see ``RunStarted.paired_run``.
+        labels: anything that you want to find again.
+        report_every: optimizer steps from one report to the next.
+        evaluate_every: optimizer steps from one evaluation to the next, a multiple of ``report_every``; by default
+            each report has one.
+        token: bearer token, where the server asks for one.
+
+    Raises:
+        KasminaError: the model is not wrapped.
+        ValueError: ``run``, ``mode``, ``report_every`` or ``evaluate_every`` is out of range.
+    """
+    if not 1 <= len(run) <= 128:
+        raise ValueError(f"run must have 1 to 128 characters, not {len(run)}")
+    if mode not in _MODES:
+        raise ValueError(f"mode must be one of {', '.join(_MODES)}, not {mode!r}")
+    if report_every < 1:
+        raise ValueError(f"report_every must be at least 1, not {report_every}")
+    if evaluate_every is not None and (evaluate_every < 1 or evaluate_every % report_every):
+        raise ValueError(f"evaluate_every must be a multiple of report_every ({report_every}), not {evaluate_every}")
+    host_of(model)
+    link = GrpcLink(target, run, token=token) if isinstance(target, str) else target
+    started = run_pb2.RunStarted(
+        limits=limits, mode=_MODES[mode], policy=policy, paired_run=paired_run, labels=labels, client_version=_version()
+    )
+    return Session(
+        link,
+        model,
+        optimizer,
+        run=run,
+        started=started,
+        scheduler=scheduler,
+        evaluate=evaluate,
+        report_every=report_every,
+        evaluate_every=evaluate_every or report_every,
+    )
+
+
+class Session:
+    """A connected run; a context manager. :func:`connect` makes it.
+
+    Call :meth:`step` once per optimizer step, after it and before gradients are set to zero. Nothing that happens in
+    there reaches the training loop: a failure in Esper's own code, or in the evaluator, ends the session's work, is
+    logged once with its traceback, and stands in :meth:`summary`.
+
+    Attributes:
+        run: name of the run.
+        steps: optimizer steps so far.
+        decisions_applied: commands that were carried out.
+        decisions_refused: commands that were refused or had expired.
+        failure: why the session stopped working; empty while it works.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        run: str,
+        started: run_pb2.RunStarted,
+        scheduler: object | None,
+        evaluate: Evaluator | None,
+        report_every: int,
+        evaluate_every: int,
+    ) -> None:
+        self.run = run
+        self.steps = 0
+        self.decisions_applied = 0
+        self.decisions_refused = 0
+        self.failure = ""
+        self._host = host_of(model)
+        self._link = link
+        self._model = model
+        self._optimizer = optimizer
+        self._evaluate = evaluate
+        self._report_every = report_every
+        self._evaluate_every = evaluate_every
+        self._mode = started.mode
+        self._limits = started.limits
+        self._graft_budget = (
+            self._limits.graft_parameter_budget if self._limits.HasField("graft_parameter_budget") else None
+        )
+        self._hold_steps = self._limits.hold_steps if self._limits.HasField("hold_steps") else _HOLD_STEPS
+        self._grafter = Grafter(self._host, optimizer, scheduler)
+        self._commander = Commander(self._grafter, self._limits, started.mode)
+        self._telemetry = Telemetry(self._host)
+        self._clock = StepClock()
+        self._sender_seconds = 0.0
+        self._epoch: int | None = None
+        self._reports = 0
+        self._latest = health_pb2.HealthReport()
+        self._train_loss: tuple[float, float] | None = None
+        self._held_out_loss: tuple[float, float] | None = None
+        self._actions: deque[tuple[int, str]] = deque(maxlen=_ACTIONS_KEPT)
+        self._closed = False
+        started.graph.CopyFrom(self._graph())
+        started.parameters = self._host.host_parameters
+        self._guard(self._start, started)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._guard(self._close, run_pb2.RUN_END_FAILED, f"{type(error).__name__}: {error}")
+
+    def step(self, *, loss: Tensor | float | None = None, epoch: int | None = None) -> None:
+        """One optimizer step is done. Telemetry leaves here, and commands are carried out here.
+
+        Args:
+            loss: the training loss of the step's batch.
+            epoch: the epoch, from 0.
+        """
+        if self.failure or self._closed:
+            return
+        start, evaluated = time.perf_counter(), self._clock.total_evaluation
+        self._guard(self._step, loss, epoch)
+        self._clock.spend(time.perf_counter() - start - (self._clock.total_evaluation - evaluated))
+
+    def close(self) -> None:
+        """The run is completed: say so, send what is left for at most 5 s, and let go of the model."""
+        self._guard(self._close, run_pb2.RUN_END_COMPLETED, "")
+
+    def summary(self) -> Summary:
+        """What was seen, what was done and why."""
+        statistics = self._link.statistics()
+        return Summary(
+            run=self.run,
+            mode=decision_pb2.Mode.Name(self._mode).removeprefix("MODE_").lower(),
+            steps=self.steps,
+            reports=self._reports,
+            reports_dropped=statistics.reports_dropped,
+            connected=statistics.connected,
+            overhead=self._clock.share() if self.steps else None,
+            host_parameters=self._host.host_parameters,
+            parameters=self._host.host_parameters + self._host.seed_parameters,
+            train_loss=self._train_loss,
+            held_out_loss=self._held_out_loss,
+            seeds=tuple(self._seed_signal(seed, None) for seed in self._host.seeds.values()),
+            actions=tuple(self._actions),
+            layers=tuple(self._latest.layers),
+            decisions_applied=self.decisions_applied,
+            decisions_refused=self.decisions_refused,
+            failure=self.failure,
+        )
+
+    def _guard(self, work: Callable[..., None], *args: Any) -> None:
+        """Do ``work``, and let nothing that goes wrong in it reach the training loop."""
+        # The one broad catch: hours of the user's training must not end because of us. It is not passed over: the
+        # session stops for good, says so once with the traceback, and tells it again in its summary.
+        try:
+            work(*args)
+        except Exception as error:  # noqa: BLE001
+            self.failure = f"step {self.steps}: {type(error).__name__}: {error}"
+            self._telemetry.disarm()
+            trace = "".join(traceback.format_exception(error))
+            _log.error("session_failed", run_id=self.run, step=self.steps, error=self.failure, traceback=trace)
+
+    def _start(self, started: run_pb2.RunStarted) -> None:
+        self._publish(event_pb2.KIND_EVENTS, run_started=started)
+        self._arm_if_due()
+
+    def _step(self, loss: Tensor | float | None, epoch: int | None) -> None:
+        self.steps += 1
+        self._clock.step()
+        if epoch is not None and epoch != self._epoch:
+            if self._epoch is not None:
+                self._publish(
+                    event_pb2.KIND_EVENTS,
+                    epoch_completed=run_pb2.EpochCompleted(
+                        epoch=self._epoch, step=self.steps - 1, run=self._latest.run
+                    ),
+                )
+            self._epoch = epoch
+        if self._host.seeds:
+            self._grafter.advance()
+        if self.steps % self._report_every == 0:
+            self._report(loss)
+        for command in self._link.commands():
+            self._carry_out(command)
+        self._arm_if_due()
+
+    def _arm_if_due(self) -> None:
+        if (self.steps + 1) % self._report_every == 0:
+            self._telemetry.arm()
+
+    def _report(self, loss: Tensor | float | None) -> None:
+        sample = self._telemetry.collect(loss)
+        self._clock.spend(sample.hook_seconds)
+        held_out = self._held_out()
+        statistics = self._link.statistics()
+        self._clock.spend(statistics.sender_seconds - self._sender_seconds)
+        self._sender_seconds = statistics.sender_seconds
+        step_seconds, overhead = self._clock.report()
+        run = health_pb2.RunMeasures(
+            train_loss=sample.train_loss,
+            held_out_loss=held_out,
+            learning_rate=_finite(float(self._optimizer.param_groups[0]["lr"])),
+            step_seconds=step_seconds,
+            overhead=overhead,
+            parameters=self._host.host_parameters + self._host.seed_parameters,
+        )
+        report = health_pb2.HealthReport(
+            step=self.steps,
+            epoch=self._epoch,
+            structure_version=self._host.structure_version,
+            run=run,
+            layers=sample.layers,
+            places=sample.places,
+            seeds=[
+                self._seed_signal(seed, sample.seed_gradient_norms.get(name)) for name, seed in self._host.seeds.items()
+            ],
+            reports_dropped=statistics.reports_dropped,
+        )
+        self._reports += 1
+        self._latest = report
+        self._train_loss = _first_and_last(self._train_loss, sample.train_loss)
+        self._held_out_loss = _first_and_last(self._held_out_loss, held_out)
+        self._publish(event_pb2.KIND_TELEMETRY, health_report=report)
+
+    def _held_out(self) -> float | None:
+        """Held-out loss where it is due, and with it the ablation of seeds that have held long enough."""
+        if self._evaluate is None:
+            return None
+        due = [seed for seed in self._host.seeds.values() if self._ablation_due(seed)]
+        if not due and self.steps % self._evaluate_every:
+            return None
+        start = time.perf_counter()
+        held_out = evaluate_host(self._model, self._evaluate)
+        for seed in due:
+            without = evaluate_without(self._model, seed, self._evaluate)
+            if held_out is not None and without is not None:
+                seed.ablation_contribution = without - held_out
+        self._clock.evaluate(time.perf_counter() - start)
+        for seed in due:
+            if seed.ablation_contribution is not None and seed.decision_id:
+                self._publish(
+                    event_pb2.KIND_OUTCOMES,
+                    effect=decision_pb2.Effect(
+                        decision_id=seed.decision_id,
+                        step=self.steps,
+                        basis=decision_pb2.BASIS_ABLATION,
+                        loss_reduction=seed.ablation_contribution,
+                    ),
+                )
+        return held_out
+
+    def _ablation_due(self, seed: Seed) -> bool:
+        return (
+            seed.stage == stages.HOLDING
+            and seed.ablation_contribution is None
+            and seed.steps_in_stage >= self._hold_steps
+        )
+
+    def _carry_out(self, command: decision_pb2.Command) -> None:
+        carried = self._commander.carry_out(command, self.steps)
+        if carried is None:
+            return
+        self._actions.append((self.steps, carried.words))
+        if carried.applied.status == decision_pb2.COMMAND_STATUS_APPLIED:
+            self.decisions_applied += 1
+        else:
+            self.decisions_refused += 1
+        _log.info("command_handled", run_id=self.run, step=self.steps, outcome=carried.words)
+        self._publish(event_pb2.KIND_OUTCOMES, applied=carried.applied)
+        if carried.structure_changed:
+            changed = run_pb2.StructureChanged(step=self.steps, decision_id=command.decision_id, graph=self._graph())
+            self._publish(event_pb2.KIND_EVENTS, structure_changed=changed)
+
+    def _graph(self) -> graph_pb2.HostGraph:
+        return self._host.graph(self._graft_budget)
+
+    def _seed_signal(self, seed: Seed, gradient_norm: float | None) -> health_pb2.SeedSignal:
+        return health_pb2.SeedSignal(
+            seed_id=seed.seed_id,
+            place=seed.place,
+            stage=seed.stage,
+            blueprint=seed.blueprint,
+            alpha=seed.alpha,
+            steps_in_stage=seed.steps_in_stage,
+            parameters=seed.parameter_count,
+            ablation_contribution=seed.ablation_contribution,
+            gradient_norm=gradient_norm,
+            errors=seed.errors,
+        )
+
+    def _publish(self, kind: event_pb2.Kind.ValueType, **payload: Any) -> None:
+        self._link.publish(kind, new_event(self.run, **payload))
+
+    def _close(self, end: run_pb2.RunEnd.ValueType, error: str) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._telemetry.disarm()
+        ended = run_pb2.RunEnded(step=self.steps, end=end, error=error, run=self._latest.run)
+        self._publish(event_pb2.KIND_EVENTS, run_ended=ended)
+        self._link.close(_CLOSE_TIMEOUT_S)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _first_and_last(pair: tuple[float, float] | None, value: float | None) -> tuple[float, float] | None:
+    if value is None:
+        return pair
+    return (value if pair is None else pair[0], value)
+
+
+def _version() -> str:
+    try:
+        return version("esperml")
+    except PackageNotFoundError:
+        return "unknown"
