@@ -33,6 +33,10 @@ class OonaSettings(Section):
         30.0, gt=0, description="Time after which an unacknowledged record comes again, in s."
     )
     delivery_records: int = Field(256, ge=1, description="Most records in one delivery.")
+    max_log_bytes: int = Field(
+        0, ge=0, description="Most bytes of the log file; beyond them nothing is stored until a purge. 0: no limit."
+    )
+    cache_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of recent frames kept decoded for readers.")
 
 
 class TamiyoSettings(Section):
@@ -62,6 +66,8 @@ class TamiyoSettings(Section):
     decision_interval_steps: int = Field(100, ge=1, description="Steps between two decisions.")
     blend_steps: int = Field(50, ge=0, description="Steps over which a new seed's alpha rises from 0 to 1.")
     hold_steps: int = Field(200, ge=0, description="Steps that a seed holds before it is fossilised or culled.")
+    embargo_steps: int = Field(500, ge=0, description="Steps that a place rests after a cull or a refusal.")
+    parameter_price: float = Field(0.02, ge=0, description="Cost in the reward of growing by the host's own size.")
     max_runs: int = Field(256, ge=1, description="Runs kept in memory; ended ones go first, oldest first.")
 
 

@@ -1,8 +1,8 @@
 """The same network for one host at a time, without the costs of a general graph library.
 
-``GCNConv`` normalises its edges anew in every layer, and sends the messages of each kind of edge by themselves. For one
-host it is several times faster to normalise once, and to gather, weigh and add the messages of all kinds together.
-Dense adjacency matrices, the other way to do it, are a little faster up to some 30 layers and many times slower from 200.
+``GCNConv`` normalises its edges anew in every layer, and sends the messages of each kind of edge by themselves. For
+one host it is several times faster to normalise once, and to gather, weigh and add the messages of all kinds together.
+Dense adjacency matrices, the other way to do it, are no faster for small hosts and far slower for large ones.
 """
 
 from __future__ import annotations

@@ -121,18 +121,18 @@ def stability(history: Array) -> Array:
     return np.where(count >= LEAST_REPORTS, np.clip(1.0 - 2.0 * np.sqrt(variance), 0.0, 1.0), np.nan)
 
 
-def readiness(present_health: Array, present_stability: Array, steps_since_adaptation: Array) -> Array:
+def readiness(layer_health: Array, steadiness: Array, steps_since_adaptation: Array) -> Array:
     """``(1 - health) * stability * s / (s + 200)``: how ready the layer is to be adapted, 0 to 1.
 
     Three conditions in series: it needs help, its state is settled enough to be judged, and the last adaptation here
     (``s`` steps ago) has had time to show. A layer that was never adapted is fully rested. Stability is left out while
     it is absent: it is a reason to wait, not the need itself. Absent where health is.
     """
-    settled = np.where(np.isnan(present_stability), 1.0, present_stability)
+    settled = np.where(np.isnan(steadiness), 1.0, steadiness)
     rested = np.where(
         np.isnan(steps_since_adaptation), 1.0, steps_since_adaptation / (steps_since_adaptation + RECOVERY_STEPS)
     )
-    return (1.0 - present_health) * settled * rested
+    return (1.0 - layer_health) * settled * rested
 
 
 def throughput_trend(history: Array) -> Array:
@@ -148,6 +148,16 @@ def throughput_trend(history: Array) -> Array:
     return np.clip(slope(history) / np.where(mean > 0, mean, 1.0), -1.0, 1.0)
 
 
+def present_health(arrays: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """Health and its parts from raw measures, ``[N]`` each."""
+    parts = {
+        "health_activity": activity(arrays["dead_fraction"]),
+        "health_gradient": gradient_flow(arrays["vanishing_fraction"], arrays["exploding_fraction"]),
+        "health_expressivity": expressivity(arrays["expressivity_bottleneck"]),
+    }
+    return health(*parts.values()), parts
+
+
 def derive(arrays: dict[str, Array], health_history: Array, topology: Topology) -> dict[str, Array]:
     """All measures that follow from raw ones and the health of earlier reports.
 
@@ -160,12 +170,7 @@ def derive(arrays: dict[str, Array], health_history: Array, topology: Topology) 
         ``health`` and its parts, ``health_trend``, ``stability``, ``readiness``, ``upstream_health``,
         ``downstream_health`` and ``layer_position``, each of shape ``[N]``.
     """
-    parts = {
-        "health_activity": activity(arrays["dead_fraction"]),
-        "health_gradient": gradient_flow(arrays["vanishing_fraction"], arrays["exploding_fraction"]),
-        "health_expressivity": expressivity(arrays["expressivity_bottleneck"]),
-    }
-    present = health(*parts.values())
+    present, parts = present_health(arrays)
     history = np.concatenate([health_history[-HISTORY_LENGTH:], present[None, :]])
     steady = stability(history)
     return {

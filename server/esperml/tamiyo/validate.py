@@ -1,0 +1,267 @@
+"""What strangers send is checked here, once, before anything computes with it.
+
+Every error is an :class:`~esperml.contract.InvalidFieldError` with the path of the field and what to do about it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+
+from esperml.contract import MEASURES, InvalidFieldError
+from esperml.tamiyo.columns import LAYER_MEASURES, PLACE_MEASURES
+from esperml.v1 import graph_pb2, health_pb2
+
+MAX_LAYERS: Final = 4096
+MAX_PLACES: Final = 16384
+MAX_EDGES: Final = 65536
+MAX_BLUEPRINTS: Final = 64
+MAX_NAME_LENGTH: Final = 512
+MAX_HISTORY: Final = 16
+MAX_ADAPTATIONS: Final = 64
+MAX_SEEDS: Final = 4096
+MAX_STEP: Final = 2**53
+"""Steps beyond this have no exact float."""
+
+_PLACE_RANGES: Final = {"growth_gradient": (0.0, math.inf), "explained_error": (0.0, 1.0)}
+_RUN_RANGES: Final = {
+    "train_loss": (-math.inf, math.inf),
+    "held_out_loss": (-math.inf, math.inf),
+    "learning_rate": (0.0, math.inf),
+    "step_seconds": (0.0, math.inf),
+    "overhead": (0.0, 1.0),
+}
+
+
+def check_state(state: graph_pb2.ModelGraphState, field: str = "state") -> None:
+    """Check a state from outside.
+
+    Args:
+        state: the state.
+        field: path by which errors name it.
+
+    Raises:
+        InvalidFieldError: a field is missing, malformed or out of range.
+    """
+    _check_step(state.step, f"{field}.step")
+    check_graph(state.graph, f"{field}.graph")
+    layers, places = len(state.graph.layers), len(state.graph.places.sources)
+    for name in LAYER_MEASURES:
+        measure = MEASURES[name]
+        _check_column(getattr(state.layers, name), layers, (measure.low, measure.high), f"{field}.layers.{name}")
+    for name in PLACE_MEASURES:
+        _check_column(getattr(state.places, name), places, _PLACE_RANGES[name], f"{field}.places.{name}")
+    check_run(state.run, f"{field}.run")
+    _check_history(state, layers, f"{field}.history")
+    _check_seeds(state.seeds, places, f"{field}.seeds")
+    _check_adaptations(state.adaptations, places, f"{field}.adaptations")
+    if state.HasField("mask"):
+        _check_mask(state.mask, state.graph, f"{field}.mask")
+
+
+def check_graph(graph: graph_pb2.HostGraph, field: str) -> None:
+    """Check the structure of a host. Raises :class:`InvalidFieldError`."""
+    if not graph.layers:
+        raise InvalidFieldError(f"{field}.layers", "is empty; a host has at least one layer")
+    _check_count(len(graph.layers), MAX_LAYERS, f"{field}.layers")
+    seen: set[str] = set()
+    for index, layer in enumerate(graph.layers):
+        _check_layer(layer, f"{field}.layers[{index}]")
+        if layer.name in seen:
+            raise InvalidFieldError(f"{field}.layers[{index}].name", f"is {layer.name!r} again; names are unique")
+        seen.add(layer.name)
+    _check_edges(graph, f"{field}.edges")
+    _check_blueprints(graph.blueprints, f"{field}.blueprints")
+    _check_places(graph, f"{field}.places")
+
+
+def check_report(
+    report: health_pb2.HealthReport, graph: graph_pb2.HostGraph, field: str = "event.health_report"
+) -> None:
+    """Check a report against the structure that it was measured on.
+
+    Args:
+        report: the report. Layers that the structure does not have are refused, unless it was measured on another.
+        graph: the structure.
+        field: path by which errors name the report.
+
+    Raises:
+        InvalidFieldError: a field is missing, malformed or out of range.
+    """
+    _check_step(report.step, f"{field}.step")
+    check_run(report.run, f"{field}.run")
+    same = report.structure_version == graph.structure_version
+    names = {layer.name for layer in graph.layers}
+    for index, signal in enumerate(report.layers):
+        path = f"{field}.layers[{index}]"
+        if same and signal.layer not in names:
+            raise InvalidFieldError(f"{path}.layer", f"is {signal.layer!r}, which is no layer of the host")
+        for name, measure in MEASURES.items():
+            if not measure.derived and signal.HasField(name):  # type: ignore[arg-type]
+                measure.check(getattr(signal, name), f"{path}.{name}")
+    if not same:
+        return
+    places = len(graph.places.sources)
+    for index, place in enumerate(report.places):
+        path = f"{field}.places[{index}]"
+        _check_index(place.place, places, f"{path}.place")
+        for name, bounds in _PLACE_RANGES.items():
+            if place.HasField(name):  # type: ignore[arg-type]
+                _check_number(getattr(place, name), bounds, f"{path}.{name}")
+    _check_seeds(report.seeds, places, f"{field}.seeds")
+
+
+def _check_layer(layer: graph_pb2.LayerSpec, field: str) -> None:
+    if not layer.name or len(layer.name) > MAX_NAME_LENGTH:
+        raise InvalidFieldError(f"{field}.name", f"must have 1 to {MAX_NAME_LENGTH} characters")
+    if layer.type not in graph_pb2.LayerType.values() or layer.type == graph_pb2.LAYER_TYPE_UNSPECIFIED:
+        raise InvalidFieldError(f"{field}.type", "is not a layer type; use LAYER_TYPE_OTHER for what has none")
+    for name in ("input_shape", "output_shape"):
+        if 0 in getattr(layer, name):
+            raise InvalidFieldError(f"{field}.{name}", "has a dimension of 0; leave the batch dimension out")
+
+
+def _check_edges(graph: graph_pb2.HostGraph, field: str) -> None:
+    edges = graph.edges
+    _check_count(len(edges.sources), MAX_EDGES, f"{field}.sources")
+    for name in ("targets", "kinds"):
+        _check_length(len(getattr(edges, name)), len(edges.sources), f"{field}.{name}", "edges.sources")
+    _check_indices(edges.sources, len(graph.layers), f"{field}.sources")
+    _check_indices(edges.targets, len(graph.layers), f"{field}.targets")
+    for index, kind in enumerate(edges.kinds):
+        if kind not in graph_pb2.EdgeKind.values() or kind == graph_pb2.EDGE_KIND_UNSPECIFIED:
+            raise InvalidFieldError(f"{field}.kinds[{index}]", f"is {kind}, which is no kind of edge")
+
+
+def _check_blueprints(names: Sequence[str], field: str) -> None:
+    _check_count(len(names), MAX_BLUEPRINTS, field)
+    for index, name in enumerate(names):
+        if not name or len(name) > MAX_NAME_LENGTH:
+            raise InvalidFieldError(f"{field}[{index}]", f"must have 1 to {MAX_NAME_LENGTH} characters")
+        if name in names[:index]:
+            raise InvalidFieldError(f"{field}[{index}]", f"is {name!r} again; names are unique")
+
+
+def _check_places(graph: graph_pb2.HostGraph, field: str) -> None:
+    places = graph.places
+    _check_count(len(places.sources), MAX_PLACES, f"{field}.sources")
+    for name in ("targets", "blueprints"):
+        _check_length(len(getattr(places, name)), len(places.sources), f"{field}.{name}", "places.sources")
+    _check_indices(places.sources, len(graph.layers), f"{field}.sources")
+    _check_indices(places.targets, len(graph.layers), f"{field}.targets")
+    _check_masks(places.blueprints, len(graph.blueprints), f"{field}.blueprints")
+
+
+def _check_mask(mask: graph_pb2.ActionMask, graph: graph_pb2.HostGraph, field: str) -> None:
+    if not mask.may_adapt:
+        if mask.blueprints:
+            raise InvalidFieldError(f"{field}.blueprints", "must be empty where may_adapt is false")
+        return
+    _check_length(len(mask.blueprints), len(graph.places.sources), f"{field}.blueprints", "graph.places.sources")
+    _check_masks(mask.blueprints, len(graph.blueprints), f"{field}.blueprints")
+    for index, (bits, fits) in enumerate(zip(mask.blueprints, graph.places.blueprints, strict=True)):
+        if bits & ~fits:
+            raise InvalidFieldError(f"{field}.blueprints[{index}]", "allows a blueprint that does not fit the place")
+
+
+def _check_history(state: graph_pb2.ModelGraphState, layers: int, field: str) -> None:
+    _check_count(len(state.history), MAX_HISTORY, field)
+    health = MEASURES["health"]
+    previous = 0
+    for index, point in enumerate(state.history):
+        path = f"{field}[{index}]"
+        if point.step < previous or point.step > state.step:
+            raise InvalidFieldError(f"{path}.step", f"is {point.step}; history runs from old to new, up to the state")
+        previous = point.step
+        check_run(point.run, f"{path}.run")
+        _check_column(point.health, layers, (health.low, health.high), f"{path}.health")
+
+
+def _check_seeds(seeds: Sequence[health_pb2.SeedSignal], places: int, field: str) -> None:
+    _check_count(len(seeds), MAX_SEEDS, field)
+    seen: set[str] = set()
+    for index, seed in enumerate(seeds):
+        path = f"{field}[{index}]"
+        if not seed.seed_id or len(seed.seed_id) > MAX_NAME_LENGTH:
+            raise InvalidFieldError(f"{path}.seed_id", f"must have 1 to {MAX_NAME_LENGTH} characters")
+        if seed.seed_id in seen:
+            raise InvalidFieldError(f"{path}.seed_id", f"is {seed.seed_id!r} again; names are unique")
+        seen.add(seed.seed_id)
+        _check_index(seed.place, places, f"{path}.place")
+        if seed.stage not in health_pb2.SeedStage.values() or seed.stage == health_pb2.SEED_STAGE_UNSPECIFIED:
+            raise InvalidFieldError(f"{path}.stage", f"is {seed.stage}, which is no stage")
+        _check_number(seed.alpha, (0.0, 1.0), f"{path}.alpha")
+        if seed.HasField("ablation_contribution"):
+            _check_number(seed.ablation_contribution, (-math.inf, math.inf), f"{path}.ablation_contribution")
+        if seed.HasField("gradient_norm"):
+            _check_number(seed.gradient_norm, (0.0, math.inf), f"{path}.gradient_norm")
+
+
+def _check_adaptations(records: Sequence[graph_pb2.AdaptationRecord], places: int, field: str) -> None:
+    _check_count(len(records), MAX_ADAPTATIONS, field)
+    for index, record in enumerate(records):
+        _check_index(record.place, places, f"{field}[{index}].place")
+        if record.HasField("effect"):
+            _check_number(record.effect, (-math.inf, math.inf), f"{field}[{index}].effect")
+
+
+def check_run(run: health_pb2.RunMeasures, field: str) -> None:
+    """Check the measures of a run. Raises :class:`InvalidFieldError`."""
+    for name, bounds in _RUN_RANGES.items():
+        if run.HasField(name):  # type: ignore[arg-type]
+            _check_number(getattr(run, name), bounds, f"{field}.{name}")
+
+
+def _check_column(column: graph_pb2.Column, size: int, bounds: tuple[float, float], field: str) -> None:
+    if not column.values:
+        if column.absent:
+            raise InvalidFieldError(f"{field}.absent", "must be empty where there are no values")
+        return
+    _check_length(len(column.values), size, f"{field}.values", "the layers or places")
+    _check_indices(column.absent, size, f"{field}.absent")
+    values = np.fromiter(column.values, dtype=np.float64, count=size)
+    values[np.fromiter(column.absent, dtype=np.int64)] = bounds[0] if math.isfinite(bounds[0]) else 0.0
+    wrong = np.flatnonzero(~((values >= bounds[0]) & (values <= bounds[1]) & np.isfinite(values)))
+    if len(wrong):
+        _check_number(float(values[wrong[0]]), bounds, f"{field}.values[{wrong[0]}]")
+
+
+def _check_number(value: float, bounds: tuple[float, float], field: str) -> None:
+    if not math.isfinite(value):
+        raise InvalidFieldError(field, f"is {value}; leave out what was not measured")
+    if not bounds[0] <= value <= bounds[1]:
+        raise InvalidFieldError(field, f"is {value:g}, outside [{bounds[0]:g}, {bounds[1]:g}]")
+
+
+def _check_masks(masks: Iterable[int], blueprints: int, field: str) -> None:
+    for index, bits in enumerate(masks):
+        if bits >> blueprints:
+            raise InvalidFieldError(f"{field}[{index}]", f"has a bit beyond the {blueprints} blueprints of the graph")
+
+
+def _check_indices(values: Iterable[int], size: int, field: str) -> None:
+    for index, value in enumerate(values):
+        _check_index(value, size, f"{field}[{index}]")
+
+
+def _check_index(value: int, size: int, field: str) -> None:
+    if value >= size:
+        raise InvalidFieldError(field, f"is {value}, but there are only {size}")
+
+
+def _check_length(given: int, expected: int, field: str, other: str) -> None:
+    if given != expected:
+        raise InvalidFieldError(field, f"has {given} entries, but {other} has {expected}")
+
+
+def _check_count(given: int, most: int, field: str) -> None:
+    if given > most:
+        raise InvalidFieldError(field, f"has {given} entries, and at most {most} are taken")
+
+
+def _check_step(step: int, field: str) -> None:
+    if step > MAX_STEP:
+        raise InvalidFieldError(field, f"is {step}, more than {MAX_STEP}")
