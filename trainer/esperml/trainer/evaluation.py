@@ -1,0 +1,84 @@
+"""Judges a policy on steps that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from esperml.tamiyo.policy import PolicyNetwork
+from esperml.trainer.algorithm import AdvantageWeightedActorCritic
+from esperml.trainer.batches import Batch, judged, lambda_returns
+from esperml.trainer.metrics import judge
+from esperml.trainer.replay import Step
+
+SELECTION = "selection_loss"
+"""Name of the metric that is least for the best policy."""
+
+_CHUNK = 512
+
+
+def evaluate(
+    network: PolicyNetwork, steps: Sequence[Step], *, gamma: float, device: torch.device | str
+) -> dict[str, float]:
+    """The metrics of :mod:`esperml.trainer.metrics`, on returns as they were observed.
+
+    Args:
+        network: the policy.
+        steps: episode by episode, by position within.
+        gamma: discount of one decision.
+        device: where the network is.
+    """
+    # With lambda = 1 a complete episode's return owes nothing to the critic that is judged by it.
+    returns, _ = lambda_returns(network, steps, gamma=gamma, lambda_=1.0, device=device)
+    return judge(judged(network, steps, returns, device))
+
+
+def held_out_losses(
+    algorithm: AdvantageWeightedActorCritic,
+    steps: Sequence[Step],
+    *,
+    advantage_scale: float,
+    device: torch.device | str,
+) -> dict[str, float]:
+    """The losses that training minimises, on ``steps``, averaged over the decisions that each is about.
+
+    Returns:
+        ``<name>_loss`` for each loss that has something to judge, and :data:`SELECTION`, the sum of those by which
+        policies are compared; empty where there is no step.
+    """
+    if not steps:
+        return {}
+    config = algorithm.config
+    returns, _ = lambda_returns(algorithm.network, steps, gamma=config.gamma, lambda_=config.lambda_, device=device)
+    algorithm.network.eval()
+    totals = dict.fromkeys(("whether", "graft", "ranking", "critic"), 0.0)
+    counts = dict.fromkeys(totals, 0)
+    with torch.no_grad():
+        for chunk in _chunks(steps):
+            batch = Batch.of(
+                [steps[index] for index in chunk], returns[chunk], advantage_scale=advantage_scale, device=device
+            )
+            losses = algorithm.losses(batch)
+            choices, grafts = int(batch.may_adapt.sum()), int(batch.adapted.sum())
+            for name, count in (("whether", choices), ("graft", grafts), ("ranking", grafts), ("critic", len(chunk))):
+                totals[name] += float(getattr(losses, name)) * count
+                counts[name] += count
+    means = {f"{name}_loss": totals[name] / counts[name] for name in totals if counts[name]}
+    # What decides which policy is best: the rest of the loss leans on the critic or is a means to an end.
+    return means | {SELECTION: means.get("whether_loss", 0.0) + means.get("ranking_loss", 0.0)}
+
+
+def _chunks(steps: Sequence[Step]) -> Iterator[list[int]]:
+    """Indices of whole hosts, about :data:`_CHUNK` at a time."""
+    groups: dict[str, list[int]] = {}
+    for index, step in enumerate(steps):
+        groups.setdefault(step.host, []).append(index)
+    chunk: list[int] = []
+    for group in groups.values():
+        chunk += group
+        if len(chunk) >= _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
