@@ -177,7 +177,7 @@ class GrpcLink:
                 return event_pb2.KIND_UNSPECIFIED, []
             queue = min(queues, key=lambda entries: entries[0][0])
             kind = queue[0][1]
-            events = []
+            events: list[event_pb2.Event] = []
             while queue and queue[0][1] == kind and len(events) < _FRAME_EVENTS:
                 events.append(queue.popleft()[2])
             return kind, events

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from esperml.v1 import decision_pb2, event_pb2
 
-if TYPE_CHECKING:
-    Kind = event_pb2.Kind.ValueType
-    Handler = Callable[[Kind, event_pb2.Event], list[tuple[Kind, event_pb2.Event]]]
-    Sink = Callable[[Kind, event_pb2.Event], None]
+Kind: TypeAlias = "event_pb2.Kind.ValueType"
+Handler: TypeAlias = "Callable[[Kind, event_pb2.Event], list[tuple[Kind, event_pb2.Event]]]"
+Sink: TypeAlias = "Callable[[Kind, event_pb2.Event], None]"
 
 
 @dataclass(frozen=True, slots=True)

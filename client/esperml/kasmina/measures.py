@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 RIDGE: Final = 0.1
-"""Penalty of the least squares, relative to the mean squared norm of a row."""
+"""Penalty of least squares on rows whose mean squared norm is 1."""
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -34,34 +34,41 @@ def effective_rank(output_grams: Tensor) -> Tensor:
     """
     singular = torch.linalg.eigvalsh(centred(output_grams)).clamp(min=0).sqrt()
     share = singular / singular.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1).exp()
+    entropy: Tensor = torch.special.entr(share).sum(-1)
+    return entropy.exp()
+
+
+def input_gram(rows: Tensor, *, bias: bool) -> Tensor:
+    """Gram matrix of rows scaled to a mean squared norm of 1, with a feature that is always 1 where there is a bias.
+
+    Shapes: (..., n, F) to (..., n, n). NaN where every row is zero.
+    """
+    grams = gram(rows)
+    mean = grams.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return grams / mean + float(bias)
 
 
 def unexplained(input_grams: Tensor, gradient_grams: Tensor) -> Tensor:
     """Share of the asked step −D that a linear function of the input cannot express, 0 to 1.
 
     This is the expressivity bottleneck of Verbockhaven et al. 2024 ("Growing Tiny Networks"): ‖D − D̂‖² / ‖D‖², with D̂
-    the least-squares fit of D by the layer's own input. Each row's fit is made without that row (leave one out): with
-    fewer rows than features anything can be fitted, and the plain residual would always be zero. The fit is a ridge
-    with λ = RIDGE · mean ‖x‖²; with Q = (X Xᵀ + λI)⁻¹ the left-out residual of row i is (Q D)ᵢ / Qᵢᵢ.
+    the least-squares fit of D by what the layer reads. The fit is a ridge with λ = :data:`RIDGE`: with fewer rows than
+    features a plain fit would explain anything, and every layer would look the same. With Q = (K + λI)⁻¹ the residual
+    is λ Q D. Adding the Gram matrix of further features to K never makes it larger.
 
-    Shapes: input and gradient grams (..., n, n) to (...). NaN where the gradient is zero.
+    Shapes: input grams as of :func:`input_gram` and gradient grams (..., n, n) to (...). NaN where D is zero.
     """
-    n = input_grams.shape[-1]
-    diagonal = input_grams.diagonal(dim1=-2, dim2=-1)
-    ridge = RIDGE * diagonal.mean(-1)[..., None, None] + torch.finfo(input_grams.dtype).tiny
-    identity = torch.eye(n, dtype=input_grams.dtype, device=input_grams.device)
-    factor, _ = torch.linalg.cholesky_ex(input_grams + ridge * identity)
+    identity = torch.eye(input_grams.shape[-1], dtype=input_grams.dtype, device=input_grams.device)
+    factor, _ = torch.linalg.cholesky_ex(input_grams + RIDGE * identity)
     inverse = torch.cholesky_inverse(factor)
-    residual = ((inverse @ gradient_grams) * inverse).sum(-1) / inverse.diagonal(dim1=-2, dim2=-1).square()
-    total = gradient_grams.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return (residual.sum(-1) / total).clamp(max=1)
+    residual = RIDGE**2 * (inverse * (inverse @ gradient_grams)).sum((-2, -1))
+    return (residual / gradient_grams.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(0, 1)
 
 
 def growth_gradient(input_grams: Tensor, gradient_grams: Tensor, entries: Tensor) -> Tensor:
     """‖Dᵀ X‖ / √entries: root mean square of the gradient of a linear graft from X that starts at zero.
 
-    The squared norm is Σᵢⱼ (X Xᵀ)ᵢⱼ (D Dᵀ)ᵢⱼ. It is the score by which GradMax (Evci et al. 2022) chooses where to grow.
+    The squared norm is Σᵢⱼ (X Xᵀ)ᵢⱼ (D Dᵀ)ᵢⱼ. GradMax (Evci et al. 2022) chooses by it where to grow.
 
     Shapes: grams (..., n, n) and entries (...) to (...).
     """

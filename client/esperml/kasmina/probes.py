@@ -24,9 +24,9 @@ class Probe:
     Attributes:
         layer: the layer.
         x: its input, (N, ...), not copied.
-        output: the chosen rows of its output, (n, features), copied before anything can change them in place.
-        gradient: the same rows of the loss's gradient by the output; ``None`` where none came.
-        rows: which rows were chosen.
+        output: chosen rows of its output, (n, features), copied before anything can change them in place.
+        gradient: fewer rows of the loss's gradient by the output; ``None`` where none came.
+        rows: which rows these are.
         output_shape: shape of its output, with the batch dimension.
         output_bytes: size of its output.
         latencies: times of its last forward passes that were sampled, in s.
@@ -78,11 +78,12 @@ class Probe:
         if output.device.type == "cpu":
             self.latencies.append(ended - self._started)
         self.x = x.detach()
-        self.rows = sampling.rows_of(self.layer.type, output)
-        self.output = sampling.pick(self.layer.type, output.detach(), self.rows)
+        spread = sampling.rows_of(self.layer.type, output, sampling.MAX_ROWS)
+        self.output = sampling.pick(self.layer.type, output.detach(), spread)
+        self.rows = sampling.rows_of(self.layer.type, output, sampling.MAX_GRAM_ROWS)
         self.output_shape = tuple(output.shape)
         self.output_bytes = output.numel() * output.element_size()
-        output.register_hook(self._gradient)
+        output.register_hook(self._gradient)  # type: ignore[no-untyped-call]
         self.seconds += time.perf_counter() - ended
 
     def _gradient(self, gradient: Tensor) -> None:

@@ -19,8 +19,12 @@ from esperml.kasmina.bodies import match_spatial
 from esperml.kasmina.geometry import CONV_RANKS, LINEAR, Geometry
 from esperml.v1 import graph_pb2
 
-MAX_ROWS: Final = 64
-"""Most rows: measures that need linear algebra cost their third power."""
+MAX_ROWS: Final = 128
+"""Most rows for statistics of a layer's output."""
+
+MAX_GRAM_ROWS: Final = 32
+"""Most rows for measures that need linear algebra, which cost their third power. The least squares depend on how many
+there are, so that any batch of this size or more is measured alike."""
 
 MAX_FEATURES: Final = 1024
 """Most features of a row, evenly spread."""
@@ -54,10 +58,10 @@ class Rows:
 
 
 @lru_cache(maxsize=512)
-def choose(batch: int, positions: int, device: torch.device) -> Rows:
-    """At most :data:`MAX_ROWS` rows, one in each of as many equal stretches, at a different depth in each."""
+def choose(batch: int, positions: int, limit: int, device: torch.device) -> Rows:
+    """At most ``limit`` rows, one in each of as many equal stretches, at a different depth in each."""
     total = batch * positions
-    count = min(total, MAX_ROWS)
+    count = min(total, limit)
     stretch = total // count
     steps = torch.arange(count)
     index = steps * stretch + (steps * 7919) % stretch
@@ -69,11 +73,11 @@ def choose(batch: int, positions: int, device: torch.device) -> Rows:
     )
 
 
-def rows_of(kind: graph_pb2.LayerType.ValueType, output: Tensor) -> Rows:
-    """The rows to measure at a layer with this output, (N, *, F) or (N, C, *spatial)."""
+def rows_of(kind: graph_pb2.LayerType.ValueType, output: Tensor, limit: int) -> Rows:
+    """At most ``limit`` rows to measure at a layer with this output, (N, *, F) or (N, C, *spatial)."""
     shape = output.shape
     positions = math.prod(shape[1:-1] if kind == LINEAR else shape[2:])
-    return choose(shape[0], positions, output.device)
+    return choose(shape[0], positions, limit, output.device)
 
 
 def pick(kind: graph_pb2.LayerType.ValueType, tensor: Tensor, rows: Rows) -> Tensor:
@@ -106,7 +110,8 @@ def pick_input(module: nn.Module, x: Tensor, output_shape: tuple[int, ...], rows
     ):
         x = x.unfold(axis, dilation * (taps - 1) + 1, stride)[..., ::dilation]
     place = _unravel(rows.position, output_shape[2:])
-    return _bounded(x[(rows.sample, slice(None), *place)].flatten(1))
+    spread = x.movedim(1, 1 + len(place))
+    return _bounded(spread[(rows.sample, *place)].flatten(1))
 
 
 def pick_for_graft(geometry: Geometry, x: Tensor, output_shape: tuple[int, ...], rows: Rows) -> Tensor:
@@ -120,8 +125,7 @@ def pick_for_graft(geometry: Geometry, x: Tensor, output_shape: tuple[int, ...],
 
 def signals(kind: graph_pb2.LayerType.ValueType, x: Tensor) -> Tensor:
     """A bounded part of a layer's input in which neighbours are neighbours. Shapes: to (n, channels, width)."""
-    step = max(x.shape[0] // MAX_ROWS, 1)
-    part = x[::step][:MAX_ROWS]
+    part = x[:: max(x.shape[0] // MAX_ROWS, 1)][:MAX_ROWS]
     width = x.shape[-1]
     lines = part.reshape(-1, 1, width) if kind == LINEAR else part.reshape(part.shape[0], -1, width)
     if kind not in CONV_RANKS:

@@ -86,7 +86,9 @@ def _ailments(layers: Sequence[health_pb2.EnhancedHealthSignal]) -> Iterator[str
         ("vanishing_fraction", 0.25, "of its gradient entries vanish"),
         ("exploding_fraction", 0.0, "of its gradient entries explode"),
     ):
-        known = [(getattr(layer, measure), layer.layer) for layer in layers if layer.HasField(measure)]
+        known = [
+            (value, layer.layer) for layer in layers for field, value in layer.ListFields() if field.name == measure
+        ]
         if known and max(known)[0] > bad:
             value, name = max(known)
             yield f"{name}: {value:.0%} {words}"

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, variance
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -161,7 +161,8 @@ class Telemetry:
             neighbours = sampling.signals(probe.layer.type, probe.x).float()
             ledger.add(measures.autocorrelation(neighbours), _set(signal, "input_autocorrelation"))
             units = probe.output.shape[1]
-            work.rank(measures.gram(probe.output.float()), units, _set(signal, "effective_rank"))
+            thinned = probe.output[:: max(len(probe.output) // sampling.MAX_GRAM_ROWS, 1)][: sampling.MAX_GRAM_ROWS]
+            work.rank(measures.gram(thinned.float()), units, _set(signal, "effective_rank"))
             if probe.gradient is not None:
                 self._asked_step(index, probe, probe.gradient.float(), signal, sample, work)
         work.settle()
@@ -183,7 +184,7 @@ class Telemetry:
         own_rows = sampling.pick_input(module, probe.x, probe.output_shape, probe.rows)
         own = None
         if own_rows is not None:
-            own = measures.gram(own_rows.float()) + float(module.bias is not None)
+            own = measures.input_gram(own_rows.float(), bias=module.bias is not None)
             work.unexplained(own, asked, _set(signal, "expressivity_bottleneck"))
         for number, place in enumerate(self._host.places):
             if place.target != index:
@@ -191,14 +192,14 @@ class Telemetry:
             rows = self._graft_rows(place, probe)
             if rows is None:
                 continue
+            rows = rows.float()
             place_signal = health_pb2.PlaceSignal(place=number)
             sample.places.append(place_signal)
-            read = measures.gram(rows.float())
             entries = place.geometry.in_features * place.geometry.out_features
-            scale = probe.rows.scale
-            work.growth(read, asked, entries, lambda v, s=scale, p=place_signal: setattr(p, "growth_gradient", v * s))
+            work.growth(measures.gram(rows), asked, entries, _set_scaled(place_signal, probe.rows.scale))
             if place.span == 2 and own is not None:
-                work.beyond(own, own + read, asked, _set_place(place_signal))
+                joint = own + measures.input_gram(rows, bias=False)
+                work.beyond(own, joint, asked, _set(place_signal, "explained_error"))
 
     def _graft_rows(self, place: Place, target: Probe) -> Tensor | None:
         source = self._probes[place.source]
@@ -221,7 +222,7 @@ class Telemetry:
             gradients = [p.grad.flatten() for p in seed.body.parameters() if p.grad is not None]
             if gradients:
                 norm = torch.linalg.vector_norm(torch.cat(gradients).float())
-                ledger.add(norm, lambda value, name=name: sample.seed_gradient_norms.__setitem__(name, value))
+                ledger.add(norm, _store(sample.seed_gradient_norms, name))
 
 
 class _GramWork:
@@ -250,6 +251,7 @@ class _GramWork:
         def take(value: float) -> None:
             shares.append(value)
             if len(shares) == 2:
+                # Rounding can leave a trace of the wrong sign where the joint fit is no better.
                 receive(max(shares[0] - shares[1], 0.0))
 
         self.unexplained(own, asked, take)
@@ -274,16 +276,20 @@ class _GramWork:
             self._ledger.add(measures.growth_gradient(torch.stack(read), torch.stack(asked), sizes), *receivers)
 
 
-def _set(signal: health_pb2.EnhancedHealthSignal, name: str) -> Callable[[float], None]:
+def _set(signal: health_pb2.EnhancedHealthSignal | health_pb2.PlaceSignal, name: str) -> Callable[[float], None]:
     return lambda value: setattr(signal, name, value)
 
 
-def _set_place(signal: health_pb2.PlaceSignal) -> Callable[[float], None]:
-    return lambda value: setattr(signal, "explained_error", value)
+def _set_scaled(signal: health_pb2.PlaceSignal, scale: float) -> Callable[[float], None]:
+    return lambda value: setattr(signal, "growth_gradient", value * scale)
+
+
+def _store(norms: dict[str, float], name: str) -> Callable[[float], None]:
+    return lambda value: norms.__setitem__(name, value)
 
 
 def _flops(layer: KasminaLayer) -> float:
     """Of one forward pass for one sample, multiply and add counted as two."""
-    weight = layer.module.weight
+    weight = cast(Tensor, layer.module.weight)
     positions = layer.output_shape[:-1] if layer.type == LINEAR else layer.output_shape[1:]
     return 2.0 * weight.numel() * math.prod(positions)
