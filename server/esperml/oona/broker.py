@@ -1,0 +1,202 @@
+"""The bus without the network: topics, groups, publishing and subscribing."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from esperml.contract import KINDS, kind_name
+from esperml.oona.log import Appended, GroupProgress, LogUnavailableError
+from esperml.oona.members import MemberReader, SharedGroup
+from esperml.oona.ranges import RangeSet
+from esperml.oona.rejection import RequestRejectedError, invalid
+from esperml.oona.subscriptions import PrivateReader, Subscription
+from esperml.oona.topic import Topic
+from esperml.oona.validation import ack_deadline_s, check_kind, check_publish, check_subscribe, time_ns
+from esperml.v1 import event_pb2, oona_pb2
+
+if TYPE_CHECKING:
+    from esperml.oona.log import Log
+    from esperml.oona.subscriptions import Emit
+    from esperml.settings import OonaSettings
+
+
+class Broker:
+    """The bus on one log engine. All methods are called on one event loop, which they never block.
+
+    Args:
+        log: the engine.
+        settings: the bus's settings.
+    """
+
+    def __init__(self, log: Log, settings: OonaSettings) -> None:
+        self.settings = settings
+        self._log = log
+        share = settings.cache_bytes // len(KINDS)
+        self._topics: dict[int, Topic] = {kind: Topic(kind, log, share) for kind in KINDS}
+        self._groups = {
+            (kind, name): SharedGroup(name, self._topics[kind], log, progress)
+            for (kind, name), progress in log.groups().items()
+        }
+
+    @property
+    def durability(self) -> str:
+        """What a confirmed event survives: ``fsync`` means loss of power."""
+        return self._log.durability
+
+    async def next_sequence(self, client_id: str) -> int:
+        """The sequence that the next event of a publisher must have, behind all that it published before this call.
+
+        Raises:
+            LogUnavailableError: the log cannot be asked now.
+        """
+        return await self._log.next_sequence(client_id)
+
+    def publish(self, client_id: str, publish: oona_pb2.Publish) -> asyncio.Future[Appended]:
+        """Store events. They must not change afterwards.
+
+        Returns:
+            A future that is done when they are stored as durably as :attr:`durability` says. It may raise
+            ``SequenceGapError`` or ``LogUnavailableError``.
+
+        Raises:
+            RequestRejectedError: a field or an event is not as it must be.
+        """
+        check_publish(publish)
+        topic = self._topics[publish.kind]
+        events = publish.events
+        size = publish.ByteSize()
+        stored = self._log.append(publish.kind, client_id, publish.first_sequence, events)
+
+        def tell_readers(future: asyncio.Future[Appended]) -> None:
+            if future.exception() is None:
+                topic.appended(future.result(), events, size)
+
+        stored.add_done_callback(tell_readers)
+        # A publisher that goes away must not cancel what the log is about to store and readers are to be told of.
+        return asyncio.shield(stored)
+
+    async def subscribe(self, subscribe: oona_pb2.Subscribe, emit: Emit) -> Subscription:
+        """Make a subscription; its :meth:`Subscription.run` sends frames through ``emit``.
+
+        Raises:
+            RequestRejectedError: it cannot be had as asked.
+        """
+        check_subscribe(subscribe)
+        if subscribe.group:
+            return await self._join(subscribe, emit)
+        topic = self._topics[subscribe.kind]
+        start = await self._start(subscribe, default=topic.bounds.next)
+        return PrivateReader(
+            subscribe.subscription_id,
+            topic,
+            emit,
+            self.settings.delivery_records,
+            start=start,
+            end=subscribe.end_offset if subscribe.HasField("end_offset") else None,
+            run_ids=frozenset(subscribe.run_ids),
+        )
+
+    def topic(self, kind: event_pb2.Kind.ValueType) -> oona_pb2.Topic:
+        """The extent of one log. Raises :class:`RequestRejectedError` for what is no kind."""
+        check_kind("kind", kind)
+        bounds = self._topics[kind].bounds
+        return oona_pb2.Topic(kind=kind, earliest_offset=bounds.earliest, next_offset=bounds.next, bytes=bounds.bytes)
+
+    def groups(self, kind: event_pb2.Kind.ValueType) -> list[oona_pb2.Group]:
+        """The groups of one log, by name. Raises :class:`RequestRejectedError` for what is no kind."""
+        end = self.topic(kind).next_offset
+        return [
+            oona_pb2.Group(
+                name=name,
+                committed_offset=group.state.committed,
+                lag=end - group.state.committed,
+                members=len(group.state.members),
+            )
+            for (of_kind, name), group in sorted(self._groups.items())
+            if of_kind == kind
+        ]
+
+    async def purge(self, kind: event_pb2.Kind.ValueType, before: int) -> int:
+        """Delete records below an offset, as far as they fill whole frames. Returns the first that is still there.
+
+        Raises:
+            RequestRejectedError: no such kind, or the log cannot store now.
+        """
+        check_kind("kind", kind)
+        topic = self._topics[kind]
+        try:
+            earliest = await self._log.purge(kind, min(before, topic.bounds.next))
+        except LogUnavailableError as error:
+            raise RequestRejectedError(oona_pb2.REJECT_REASON_STORAGE, str(error)) from error
+        for (of_kind, _), group in self._groups.items():
+            if of_kind == kind:
+                group.purged(earliest)
+        topic.purged(earliest)
+        return earliest
+
+    async def _join(self, subscribe: oona_pb2.Subscribe, emit: Emit) -> Subscription:
+        deadline_s = ack_deadline_s(subscribe, self.settings.ack_deadline_s)
+        run_ids = frozenset(subscribe.run_ids)
+        key = (subscribe.kind, subscribe.group)
+        topic = self._topics[subscribe.kind]
+        group = self._groups.get(key)
+        moves = subscribe.start.WhichOneof("at") in {"offset", "time"}
+        start = await self._start(subscribe, default=topic.bounds.earliest)
+        # Another member may have come while the log was asked.
+        group = self._groups.get(key)
+        if group is not None and group.state.members and group.run_ids != run_ids:
+            raise RequestRejectedError(
+                oona_pb2.REJECT_REASON_GROUP_MISMATCH,
+                f"subscribe.run_ids: the members of group {subscribe.group!r} on {kind_name(subscribe.kind)} "
+                "must all ask for the same runs",
+            )
+        if group is None or moves:
+            progress = GroupProgress(start, RangeSet())
+            await self._store_start(subscribe, progress)
+            group = self._groups.get(key)
+            if group is None:
+                group = self._groups[key] = SharedGroup(subscribe.group, topic, self._log, progress)
+            else:
+                group.move(progress)
+        return MemberReader(
+            subscribe.subscription_id,
+            topic,
+            emit,
+            self.settings.delivery_records,
+            group=group,
+            run_ids=run_ids,
+            ack_deadline_s=deadline_s,
+        )
+
+    async def _store_start(self, subscribe: oona_pb2.Subscribe, progress: GroupProgress) -> None:
+        try:
+            await self._log.save_group(subscribe.kind, subscribe.group, progress)
+        except LogUnavailableError as error:
+            raise RequestRejectedError(oona_pb2.REJECT_REASON_STORAGE, str(error)) from error
+
+    async def _start(self, subscribe: oona_pb2.Subscribe, default: int) -> int:
+        """The offset that a subscription asks to start from."""
+        topic = self._topics[subscribe.kind]
+        bounds = topic.bounds
+        start = subscribe.start
+        match start.WhichOneof("at"):
+            case "offset" if start.offset < bounds.earliest:
+                raise RequestRejectedError(
+                    oona_pb2.REJECT_REASON_BELOW_FLOOR,
+                    f"subscribe.start.offset: {start.offset} was purged; the first that is still there is "
+                    f"{bounds.earliest}",
+                    earliest_offset=bounds.earliest,
+                )
+            case "offset" if start.offset > bounds.next:
+                raise invalid("subscribe.start.offset", f"{start.offset} is beyond the end of the log, {bounds.next}")
+            case "offset":
+                return start.offset
+            case "time":
+                return await self._log.offset_at(subscribe.kind, time_ns("subscribe.start.time", start.time))
+            case "anchor" if start.anchor == oona_pb2.ANCHOR_EARLIEST:
+                return bounds.earliest
+            case "anchor" if start.anchor == oona_pb2.ANCHOR_LATEST:
+                return bounds.next
+            case _:
+                return default

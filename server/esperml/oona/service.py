@@ -1,0 +1,160 @@
+"""The gRPC face of the bus."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from esperml.contract import KINDS
+from esperml.oona.rejection import RequestRejectedError
+from esperml.oona.stream import ClientStream, StreamEndedError, UnreadableFrame
+from esperml.v1 import oona_pb2, oona_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from esperml.oona.broker import Broker
+    from esperml.settings import OonaSettings
+
+_log = structlog.get_logger(__name__)
+
+_STATUS: Final = {oona_pb2.REJECT_REASON_STORAGE: grpc.StatusCode.UNAVAILABLE}
+# What a frame may be longer than the limit before the transport itself refuses it: enough to say what is wrong.
+_TRANSPORT_MARGIN: Final = 2**20
+
+
+def server_options(settings: OonaSettings) -> Sequence[tuple[str, int]]:
+    """Options that a ``grpc.aio.server`` needs to carry the bus: its limit on frames, and clients' keep-alive."""
+    return (
+        ("grpc.max_receive_message_length", settings.max_frame_bytes + _TRANSPORT_MARGIN),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    )
+
+
+class OonaService(oona_pb2_grpc.OonaServicer):
+    """Serves the bus; see ``oona.proto`` for what goes over the wire.
+
+    Args:
+        broker: the bus.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._streams: dict[str, ClientStream] = {}
+        self._open = 0
+
+    def decode(self, data: bytes) -> oona_pb2.StreamRequest | UnreadableFrame:
+        """Decode a frame of the stream, or say why that cannot be."""
+        if len(data) > self._broker.settings.max_frame_bytes:
+            return UnreadableFrame(len(data), "is too large")
+        try:
+            return oona_pb2.StreamRequest.FromString(data)
+        except DecodeError as error:
+            return UnreadableFrame(len(data), str(error))
+
+    def shut_down(self) -> None:
+        """End every stream with UNAVAILABLE: clients come back when there is a server again."""
+        for stream in list(self._streams.values()):
+            stream.end(grpc.StatusCode.UNAVAILABLE, "the server shuts down")
+
+    async def Stream(  # type: ignore[override]  # noqa: N802
+        self,
+        _requests: object,
+        context: grpc.aio.ServicerContext[oona_pb2.StreamRequest, oona_pb2.StreamResponse],
+    ) -> None:
+        """Publish and subscribe over one stream."""
+
+        async def read() -> oona_pb2.StreamRequest | UnreadableFrame | None:
+            frame = await context.read()
+            return frame if isinstance(frame, oona_pb2.StreamRequest | UnreadableFrame) else None
+
+        limit = self._broker.settings.max_streams
+        if self._open >= limit:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{limit} streams are open, which is the limit")
+        self._open += 1
+        stream = ClientStream(self._broker, read, context.write)
+        try:
+            await stream.open()
+            self._replace(stream)
+            await stream.serve()
+        except StreamEndedError as error:
+            _log.info("stream_ended", client_id=stream.client_id, code=error.code.name, detail=error.detail)
+            await context.abort(error.code, error.detail)
+        finally:
+            self._open -= 1
+            if self._streams.get(stream.client_id) is stream:
+                del self._streams[stream.client_id]
+
+    async def ListTopics(  # noqa: N802
+        self, _request: oona_pb2.ListTopicsRequest, _context: object
+    ) -> oona_pb2.ListTopicsResponse:
+        """The topics, one a kind."""
+        return oona_pb2.ListTopicsResponse(topics=[self._broker.topic(kind) for kind in KINDS])
+
+    async def DescribeTopic(  # noqa: N802
+        self,
+        request: oona_pb2.DescribeTopicRequest,
+        context: grpc.aio.ServicerContext[oona_pb2.DescribeTopicRequest, oona_pb2.DescribeTopicResponse],
+    ) -> oona_pb2.DescribeTopicResponse:
+        """One topic, with its groups and their lag."""
+        try:
+            return oona_pb2.DescribeTopicResponse(
+                topic=self._broker.topic(request.kind), groups=self._broker.groups(request.kind)
+            )
+        except RequestRejectedError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
+
+    async def PurgeTopic(  # noqa: N802
+        self,
+        request: oona_pb2.PurgeTopicRequest,
+        context: grpc.aio.ServicerContext[oona_pb2.PurgeTopicRequest, oona_pb2.PurgeTopicResponse],
+    ) -> oona_pb2.PurgeTopicResponse:
+        """Deletes old records of a topic."""
+        try:
+            earliest = await self._broker.purge(request.kind, request.before_offset)
+        except RequestRejectedError as error:
+            await context.abort(_STATUS.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), error.message)
+        return oona_pb2.PurgeTopicResponse(earliest_offset=earliest)
+
+    def _replace(self, stream: ClientStream) -> None:
+        """A client that comes again has lost its old stream, even where that looks alive from here."""
+        if (old := self._streams.get(stream.client_id)) is not None:
+            old.end(grpc.StatusCode.ABORTED, f"another stream was opened as {stream.client_id!r}")
+        self._streams[stream.client_id] = stream
+
+
+def add_to_server(service: OonaService, server: grpc.aio.Server) -> None:
+    """Register the bus with a server made with :func:`server_options`.
+
+    In place of the generated function, which drops a frame that cannot be decoded before anybody can say what is wrong.
+    """
+    methods = oona_pb2.DESCRIPTOR.services_by_name["Oona"]
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Stream": grpc.stream_stream_rpc_method_handler(
+            cast("Any", service.Stream),
+            request_deserializer=service.decode,
+            response_serializer=oona_pb2.StreamResponse.SerializeToString,
+        ),
+        "ListTopics": grpc.unary_unary_rpc_method_handler(
+            cast("Any", service.ListTopics),
+            request_deserializer=oona_pb2.ListTopicsRequest.FromString,
+            response_serializer=oona_pb2.ListTopicsResponse.SerializeToString,
+        ),
+        "DescribeTopic": grpc.unary_unary_rpc_method_handler(
+            cast("Any", service.DescribeTopic),
+            request_deserializer=oona_pb2.DescribeTopicRequest.FromString,
+            response_serializer=oona_pb2.DescribeTopicResponse.SerializeToString,
+        ),
+        "PurgeTopic": grpc.unary_unary_rpc_method_handler(
+            cast("Any", service.PurgeTopic),
+            request_deserializer=oona_pb2.PurgeTopicRequest.FromString,
+            response_serializer=oona_pb2.PurgeTopicResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(methods.full_name, handlers)])

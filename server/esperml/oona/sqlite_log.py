@@ -1,0 +1,372 @@
+"""The embedded log: one SQLite file in WAL mode, one row per published frame.
+
+A writer thread commits whatever has come in since its last commit as one transaction (group commit), with
+``synchronous=FULL``: SQLite returns from COMMIT after it has synced the WAL, and only then is anything confirmed.
+Another thread reads, on a connection of its own, and sees what is committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import queue
+import sqlite3
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Final, TypeVar, cast
+
+from esperml.oona.log import (
+    Appended,
+    GroupProgress,
+    LogDamagedError,
+    LogError,
+    LogInUseError,
+    LogUnavailableError,
+    SequenceGapError,
+    StoredFrame,
+    TopicBounds,
+)
+from esperml.oona.ranges import RangeSet
+from esperml.oona.sqlite_schema import create_or_check_schema
+from esperml.v1 import event_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+# What one transaction may take in, so that the first in it does not wait for ever for the last.
+_MAX_TRANSACTION_REQUESTS: Final = 1024
+_MAX_TRANSACTION_BYTES: Final = 32 * 2**20
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class _Request:
+    """One thing for the writer thread to do, and the future that waits for it on ``loop``."""
+
+    work: Callable[[_Transaction], object]
+    size: int
+    future: asyncio.Future[object]
+    loop: asyncio.AbstractEventLoop
+    outcome: object = None
+    error: LogError | None = None
+
+    def settle(self) -> None:
+        """Resolve the future. On the loop."""
+        if self.future.done():
+            return
+        if self.error is not None:
+            self.future.set_exception(self.error)
+            # Whoever asked may be gone; that is no error nobody handled.
+            self.future.exception()
+        else:
+            self.future.set_result(self.outcome)
+
+
+class _Transaction:
+    """State of the log as one open transaction sees it; becomes the log's state when the transaction commits."""
+
+    def __init__(self, connection: sqlite3.Connection, bounds: Mapping[int, TopicBounds], last_time_ns: int) -> None:
+        self.connection = connection
+        self.bounds = dict(bounds)
+        self.append_time_ns = max(time.time_ns(), last_time_ns)
+        self.sequences: dict[str, int] = {}
+        self.groups: dict[tuple[int, str], GroupProgress] = {}
+
+    def last_sequence(self, client_id: str) -> int:
+        if client_id not in self.sequences:
+            row = self.connection.execute(
+                "SELECT last_sequence FROM publishers WHERE client_id = ?", (client_id,)
+            ).fetchone()
+            self.sequences[client_id] = row[0] if row else 0
+        return self.sequences[client_id]
+
+    def append(self, kind: int, client_id: str, first_sequence: int, events: Sequence[event_pb2.Event]) -> Appended:
+        last = self.last_sequence(client_id)
+        if first_sequence > last + 1:
+            raise SequenceGapError(last + 1, first_sequence)
+        bounds = self.bounds.get(kind, TopicBounds())
+        duplicates = min(last + 1 - first_sequence, len(events))
+        count = len(events) - duplicates
+        if count:
+            batch = event_pb2.EventBatch(events=events[duplicates:]).SerializeToString()
+            self.connection.execute(
+                "INSERT INTO frames (kind, first_offset, count, append_time_ns, batch) VALUES (?, ?, ?, ?, ?)",
+                (kind, bounds.next, count, self.append_time_ns, batch),
+            )
+            self.sequences[client_id] = last + count
+            self.bounds[kind] = TopicBounds(bounds.earliest, bounds.next + count, bounds.bytes + len(batch))
+        return Appended(bounds.next, count, duplicates, self.append_time_ns)
+
+    def purge(self, kind: int, before: int) -> int:
+        bounds = self.bounds.get(kind, TopicBounds())
+        where = "FROM frames WHERE kind = ? AND first_offset < ? AND first_offset + count <= ?"
+        values = (kind, before, before)
+        freed = self.connection.execute(f"SELECT coalesce(sum(length(batch)), 0) {where}", values).fetchone()[0]
+        self.connection.execute(f"DELETE {where}", values)
+        row = self.connection.execute("SELECT min(first_offset) FROM frames WHERE kind = ?", (kind,)).fetchone()
+        earliest = bounds.next if row[0] is None else row[0]
+        self.bounds[kind] = TopicBounds(earliest, bounds.next, bounds.bytes - freed)
+        return earliest
+
+    def write_summary(self, before: Mapping[int, TopicBounds]) -> None:
+        """Write what changed beside the frames: each row once, however many requests changed it."""
+        self.connection.executemany(
+            "INSERT INTO topics (kind, earliest, next_offset, bytes) VALUES (?, ?, ?, ?) ON CONFLICT (kind) DO UPDATE "
+            "SET earliest = excluded.earliest, next_offset = excluded.next_offset, bytes = excluded.bytes",
+            [(kind, b.earliest, b.next, b.bytes) for kind, b in self.bounds.items() if before.get(kind) != b],
+        )
+        self.connection.executemany(
+            "INSERT INTO publishers (client_id, last_sequence) VALUES (?, ?) ON CONFLICT (client_id) DO UPDATE "
+            "SET last_sequence = excluded.last_sequence WHERE last_sequence < excluded.last_sequence",
+            [item for item in self.sequences.items() if item[1]],
+        )
+        self.connection.executemany(
+            "INSERT INTO groups (kind, name, committed, done) VALUES (?, ?, ?, ?) ON CONFLICT (kind, name) DO UPDATE "
+            "SET committed = excluded.committed, done = excluded.done",
+            [(kind, name, p.committed, json.dumps(list(p.done))) for (kind, name), p in self.groups.items()],
+        )
+
+
+class SqliteLog:
+    """The log engine on SQLite; implements :class:`esperml.oona.log.Log`.
+
+    Args:
+        path: the file; made where there is none, beside ``-wal``, ``-shm`` and ``.lock`` files. Its folder must exist.
+        max_bytes: most bytes that the file may have; beyond them nothing is stored until something was purged. 0: no
+            limit but the disk's.
+
+    Raises:
+        LogInUseError: another process has it open.
+        LogDamagedError: the file is damaged, or is no log of ours.
+        LogUnavailableError: the file cannot be made or written.
+    """
+
+    durability: Final = "fsync"
+
+    def __init__(self, path: Path, *, max_bytes: int = 0) -> None:
+        self._path = path
+        self._lock = _lock(path)
+        try:
+            self._open(max_bytes)
+        except sqlite3.DatabaseError as error:
+            self._lock.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise LogUnavailableError(f"{path}: cannot be opened: {error}") from error
+            raise LogDamagedError(f"{path}: is damaged or no log of this program: {error}") from error
+        except LogDamagedError:
+            self._lock.close()
+            raise
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._readers = ThreadPoolExecutor(1, thread_name_prefix="oona-log-reader")
+        self._closed = False
+        self._writer = threading.Thread(target=self._write, name="oona-log-writer", daemon=True)
+        self._writer.start()
+
+    def _open(self, max_bytes: int) -> None:
+        self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        try:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            if max_bytes:
+                page_size = self._connection.execute("PRAGMA page_size").fetchone()[0]
+                self._connection.execute(f"PRAGMA max_page_count = {max(max_bytes // page_size, 1)}")
+            create_or_check_schema(self._path, self._connection)
+            self._bounds = {
+                kind: TopicBounds(earliest, next_offset, size)
+                for kind, earliest, next_offset, size in self._connection.execute(
+                    "SELECT kind, earliest, next_offset, bytes FROM topics"
+                )
+            }
+            self._groups = {
+                (kind, name): GroupProgress(committed, RangeSet((first, last) for first, last in json.loads(done)))
+                for kind, name, committed, done in self._connection.execute(
+                    "SELECT kind, name, committed, done FROM groups"
+                )
+            }
+            row = self._connection.execute(
+                "SELECT max(append_time_ns) FROM (SELECT append_time_ns FROM frames ORDER BY rowid DESC LIMIT 1)"
+            ).fetchone()
+            self._last_time_ns = row[0] or 0
+            self._read_connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+            self._read_connection.execute("PRAGMA query_only = ON")
+        except (sqlite3.DatabaseError, LogDamagedError):
+            self._connection.close()
+            raise
+
+    # What the broker calls, on the event loop.
+
+    def bounds(self, kind: int) -> TopicBounds:
+        """The extent of the log of ``kind``, as far as it is durable."""
+        return self._bounds.get(kind, TopicBounds())
+
+    def groups(self) -> Mapping[tuple[int, str], GroupProgress]:
+        """Progress of each (kind, group) as it was when the log was opened."""
+        return self._groups
+
+    async def next_sequence(self, client_id: str) -> int:
+        """The sequence that the next event of the publisher must have; behind all that was asked for before."""
+        return await self._ask(lambda transaction: transaction.last_sequence(client_id) + 1)
+
+    def append(
+        self, kind: int, client_id: str, first_sequence: int, events: Sequence[event_pb2.Event]
+    ) -> asyncio.Future[Appended]:
+        """Store events, and the publisher's sequence with them; see :class:`esperml.oona.log.Log`."""
+        size = sum(event.ByteSize() for event in events)
+        return self._ask(lambda transaction: transaction.append(kind, client_id, first_sequence, events), size)
+
+    def save_group(self, kind: int, group: str, progress: GroupProgress) -> asyncio.Future[None]:
+        """Store a group's progress."""
+        return self._ask(lambda transaction: transaction.groups.update({(kind, group): progress}))
+
+    async def purge(self, kind: int, before: int) -> int:
+        """Delete the frames that lie below offset ``before`` as a whole. Returns the earliest offset then."""
+        return await self._ask(lambda transaction: transaction.purge(kind, before))
+
+    async def read(self, kind: int, offset: int, max_bytes: int) -> list[StoredFrame]:
+        """Frames from the one that holds ``offset``, or the next that is there, in order."""
+        return await self._in_reader(lambda: self._read_frames(kind, offset, max_bytes))
+
+    async def offset_at(self, kind: int, time_ns: int) -> int:
+        """Offset of the first record stored at or after a time (ns since 1970), or of the next to be stored."""
+        offset = await self._in_reader(lambda: self._first_since(kind, time_ns))
+        return self.bounds(kind).next if offset is None else offset
+
+    async def close(self) -> None:
+        """Finish what was asked for, and let go of the files."""
+        if self._closed:
+            return
+        self._closed = True
+        self._requests.put(None)
+        await asyncio.to_thread(self._writer.join)
+        self._readers.shutdown()
+        self._read_connection.close()
+        self._connection.close()
+        self._lock.close()
+
+    # Inside: the event loop's side.
+
+    def _ask(self, work: Callable[[_Transaction], _T], size: int = 0) -> asyncio.Future[_T]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
+        if self._closed:
+            future.set_exception(LogUnavailableError(f"{self._path}: is closed"))
+        else:
+            self._requests.put(_Request(work, size, cast("asyncio.Future[object]", future), loop))
+        return future
+
+    def _finish(self, requests: list[_Request], bounds: dict[int, TopicBounds] | None) -> None:
+        if bounds is not None:
+            self._bounds = bounds
+        for request in requests:
+            request.settle()
+
+    # Inside: the writer thread.
+
+    def _write(self) -> None:
+        bounds = self._bounds
+        going_on = True
+        while going_on:
+            requests, going_on = self._gather()
+            if not requests:
+                continue
+            transaction = _Transaction(self._connection, bounds, self._last_time_ns)
+            committed = self._commit(transaction, requests)
+            if committed:
+                bounds = transaction.bounds
+                self._last_time_ns = transaction.append_time_ns
+            # Readers on the loop see new bounds and confirmations at the same moment.
+            requests[0].loop.call_soon_threadsafe(self._finish, requests, bounds if committed else None)
+
+    def _gather(self) -> tuple[list[_Request], bool]:
+        """Wait for a request and take whatever else has come in; False when the log is to be closed."""
+        requests: list[_Request] = []
+        size = 0
+        first = self._requests.get()
+        if first is None:
+            return requests, False
+        requests.append(first)
+        size = first.size
+        while len(requests) < _MAX_TRANSACTION_REQUESTS and size < _MAX_TRANSACTION_BYTES:
+            try:
+                request = self._requests.get_nowait()
+            except queue.Empty:
+                break
+            if request is None:
+                return requests, False
+            requests.append(request)
+            size += request.size
+        return requests, True
+
+    def _commit(self, transaction: _Transaction, requests: list[_Request]) -> bool:
+        """Do the requests in one transaction; False, with every request failed, where it cannot be stored."""
+        try:
+            before = transaction.bounds.copy()
+            self._connection.execute("BEGIN IMMEDIATE")
+            for request in requests:
+                try:
+                    request.outcome = request.work(transaction)
+                except SequenceGapError as error:
+                    request.error = error
+            transaction.write_summary(before)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            problem = LogUnavailableError(f"{self._path.name}: cannot store: {error}")
+            for request in requests:
+                request.error = problem
+            return False
+        return True
+
+    # Inside: the reader thread.
+
+    async def _in_reader(self, query: Callable[[], _T]) -> _T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, query)
+        except sqlite3.DatabaseError as error:
+            raise LogDamagedError(f"{self._path}: cannot be read: {error}") from error
+
+    def _read_frames(self, kind: int, offset: int, max_bytes: int) -> list[StoredFrame]:
+        frames: list[StoredFrame] = []
+        size = 0
+        cursor = self._read_connection.execute(
+            "SELECT first_offset, count, append_time_ns, batch FROM frames WHERE kind = ? AND first_offset >= "
+            "coalesce((SELECT max(first_offset) FROM frames WHERE kind = ? AND first_offset <= ?), 0) "
+            "ORDER BY first_offset",
+            (kind, kind, offset),
+        )
+        for first_offset, count, append_time_ns, batch in cursor:
+            if first_offset + count <= offset:
+                continue
+            frames.append(StoredFrame(first_offset, count, append_time_ns, batch))
+            size += len(batch)
+            if size >= max_bytes:
+                break
+        cursor.close()
+        return frames
+
+    def _first_since(self, kind: int, time_ns: int) -> int | None:
+        row = self._read_connection.execute(
+            "SELECT first_offset FROM frames WHERE kind = ? AND append_time_ns >= ? ORDER BY first_offset LIMIT 1",
+            (kind, time_ns),
+        ).fetchone()
+        return None if row is None else row[0]
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Take the file's lock, which ends with the process however it ends."""
+    try:
+        file = path.with_name(path.name + ".lock").open("wb")
+    except OSError as error:
+        raise LogUnavailableError(f"{path}: cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise LogInUseError(f"{path}: another process has this log open") from error
+    return file

@@ -1,0 +1,209 @@
+"""What private readers and members of groups have in common: credit, a waker, deliveries, progress."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final
+
+from esperml.oona.credit import Credit
+from esperml.v1 import oona_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from esperml.oona.frames import Frame
+    from esperml.oona.topic import Topic
+
+    Emit = Callable[[oona_pb2.StreamResponse], Awaitable[None]]
+
+# A delivery ends with the record that reaches this.
+_DELIVERY_BYTES: Final = 2**20
+# A reader at the tail catches up with every frame; it is told so no more often than this.
+_PROGRESS_INTERVAL_S: Final = 0.1
+
+
+class Subscription(ABC):
+    """One subscription. Somebody must await :meth:`run`, and call :meth:`close` whatever becomes of that.
+
+    Args:
+        subscription_id: its number on the stream.
+        topic: the log.
+        emit: sends a frame to the client; waits while the client takes nothing.
+        delivery_records: most records in one delivery.
+
+    Attributes:
+        subscription_id: its number on the stream.
+        start_offset: offset from which it reads.
+    """
+
+    def __init__(self, subscription_id: int, topic: Topic, emit: Emit, delivery_records: int) -> None:
+        self.subscription_id = subscription_id
+        self.start_offset = 0
+        self._topic = topic
+        self._emit = emit
+        self._delivery_records = delivery_records
+        self._credit = Credit()
+        self._waker = asyncio.Event()
+        self._told_high_watermark: int | None = None
+        self._told_at_s = 0.0
+        topic.wakers.add(self._waker)
+
+    @property
+    def high_watermark(self) -> int:
+        """Offset of the next record to be stored."""
+        return self._topic.bounds.next
+
+    def grant(self, messages: int, size: int) -> None:
+        """Add credit."""
+        self._credit.grant(messages, size)
+        self._waker.set()
+
+    def close(self) -> None:
+        """Take no further part. What a member was delivered and did not settle goes to others."""
+        self._topic.wakers.discard(self._waker)
+
+    async def run(self) -> None:
+        """Send records as credit allows, until a bounded replay ends or the reader falls behind the floor.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+        """
+        while True:
+            self._waker.clear()
+            if (closed := self._end()) is not None:
+                closed.subscription_id = self.subscription_id
+                await self._emit(oona_pb2.StreamResponse(closed=closed))
+                return
+            if await self._advance():
+                continue
+            await self._wait(await self._tell_progress())
+
+    @abstractmethod
+    def _end(self) -> oona_pb2.Closed | None:
+        """Why the subscription ends now, or None."""
+
+    @abstractmethod
+    async def _advance(self) -> bool:
+        """Send what can be sent. Returns whether it is worth while to look again at once."""
+
+    @abstractmethod
+    def _has_caught_up(self) -> bool:
+        """Whether everything there is was sent."""
+
+    def _wakes_at_s(self) -> float | None:
+        """When there will be something to do, on the loop's clock, even if nothing happens."""
+        return None
+
+    def _add(self, delivery: oona_pb2.Delivery, frame: Frame, offset: int, attempt: int) -> bool:
+        """Put a record into a delivery and pay for it; False, with nothing done, where credit does not suffice."""
+        record = delivery.records.add(
+            offset=offset,
+            append_time=frame.append_time,
+            event=frame.events[offset - frame.first_offset],
+            delivery_attempt=attempt,
+        )
+        size = record.ByteSize()
+        if not self._credit.take(size):
+            del delivery.records[-1]
+            return False
+        self._delivery_bytes += size
+        return True
+
+    def _new_delivery(self) -> oona_pb2.StreamResponse:
+        self._delivery_bytes = 0
+        return oona_pb2.StreamResponse(delivery=oona_pb2.Delivery(subscription_id=self.subscription_id))
+
+    def _is_full(self, delivery: oona_pb2.Delivery) -> bool:
+        return len(delivery.records) >= self._delivery_records or self._delivery_bytes >= _DELIVERY_BYTES
+
+    async def _tell_progress(self) -> float | None:
+        """Say that the reader has caught up, unless it knows. Returns when to do so where it is too early."""
+        high_watermark = self._topic.bounds.next
+        if not self._has_caught_up() or high_watermark == self._told_high_watermark:
+            return None
+        now_s = asyncio.get_running_loop().time()
+        if self._told_high_watermark is not None and now_s < self._told_at_s + _PROGRESS_INTERVAL_S:
+            return self._told_at_s + _PROGRESS_INTERVAL_S
+        self._told_high_watermark, self._told_at_s = high_watermark, now_s
+        progress = oona_pb2.Progress(subscription_id=self.subscription_id, high_watermark=high_watermark)
+        await self._emit(oona_pb2.StreamResponse(progress=progress))
+        return None
+
+    async def _wait(self, until_s: float | None) -> None:
+        """Wait for the waker, or for the earlier of the two times on the loop's clock."""
+        times = [time for time in (until_s, self._wakes_at_s()) if time is not None]
+        timer = asyncio.get_running_loop().call_at(min(times), self._waker.set) if times else None
+        await self._waker.wait()
+        if timer is not None:
+            timer.cancel()
+
+
+class PrivateReader(Subscription):
+    """A reader for itself: it sees everything from its start on, and acknowledges nothing.
+
+    Args:
+        start: offset to start from.
+        end: offset to stop before. None: never.
+        run_ids: only records of these runs. Empty: of all.
+    """
+
+    def __init__(
+        self,
+        subscription_id: int,
+        topic: Topic,
+        emit: Emit,
+        delivery_records: int,
+        *,
+        start: int,
+        end: int | None,
+        run_ids: frozenset[str],
+    ) -> None:
+        super().__init__(subscription_id, topic, emit, delivery_records)
+        self.start_offset = start
+        self._next = start
+        self._end_offset = end
+        self._run_ids = run_ids
+        self._blocked = False
+
+    def grant(self, messages: int, size: int) -> None:
+        """Add credit."""
+        self._blocked = False
+        super().grant(messages, size)
+
+    def _end(self) -> oona_pb2.Closed | None:
+        if self._end_offset is not None and self._next >= self._end_offset:
+            return oona_pb2.Closed(reason=oona_pb2.CLOSE_REASON_END_REACHED)
+        earliest = self._topic.bounds.earliest
+        if self._next < earliest:
+            return oona_pb2.Closed(reason=oona_pb2.CLOSE_REASON_BEHIND_FLOOR, earliest_offset=earliest)
+        return None
+
+    def _has_caught_up(self) -> bool:
+        return self._next >= self._topic.bounds.next
+
+    async def _advance(self) -> bool:
+        if self._blocked or self._has_caught_up():
+            return False
+        before = self._next
+        frames = await self._topic.read(self._next)
+        if not frames or frames[0].first_offset > self._next:
+            return True  # Purged meanwhile.
+        response = self._new_delivery()
+        self._fill(response.delivery, frames)
+        if response.delivery.records:
+            await self._emit(response)
+        return self._next > before
+
+    def _fill(self, delivery: oona_pb2.Delivery, frames: list[Frame]) -> None:
+        """Move on over records until the delivery is full, the credit used up, or the frames are through."""
+        for frame in frames:
+            end = frame.end if self._end_offset is None else min(frame.end, self._end_offset)
+            for offset in range(self._next, end):
+                if not self._run_ids or frame.events[offset - frame.first_offset].run_id in self._run_ids:
+                    if self._is_full(delivery):
+                        return
+                    if not self._add(delivery, frame, offset, attempt=1):
+                        self._blocked = True
+                        return
+                self._next = offset + 1

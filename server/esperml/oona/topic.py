@@ -1,0 +1,90 @@
+"""One log with its readers: what is stored, and whom to wake when there is more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from esperml.oona.frames import Frame, FrameCache, decode
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Sequence
+
+    from esperml.oona.log import Appended, Log, TopicBounds
+    from esperml.v1 import event_pb2
+
+# Bytes read from the log at once, for readers that are behind.
+_READ_BYTES: Final = 2**20
+
+
+class Topic:
+    """The log of one kind.
+
+    Args:
+        kind: the kind.
+        log: the engine.
+        cache_bytes: bytes of decoded frames to keep.
+
+    Attributes:
+        kind: the kind.
+        wakers: set when there is more to read, or less.
+    """
+
+    def __init__(self, kind: event_pb2.Kind.ValueType, log: Log, cache_bytes: int) -> None:
+        self.kind = kind
+        self.wakers: set[asyncio.Event] = set()
+        self._log = log
+        self._cache = FrameCache(cache_bytes)
+
+    @property
+    def bounds(self) -> TopicBounds:
+        """The extent of the log."""
+        return self._log.bounds(self.kind)
+
+    def appended(self, appended: Appended, events: Sequence[event_pb2.Event], size: int) -> None:
+        """Note what was stored just now, so that readers at the tail need not decode it."""
+        if appended.count:
+            stored = events[appended.duplicates :]
+            self._cache.put(Frame(appended.first_offset, appended.append_time_ns, stored, size))
+            self.wake()
+
+    def purged(self, earliest: int) -> None:
+        """Note that offsets below ``earliest`` are gone."""
+        self._cache.drop_below(earliest)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let every reader look again."""
+        for waker in self.wakers:
+            waker.set()
+
+    def cached(self, first_offset: int) -> Frame | None:
+        """The frame that starts at an offset, if it need not be read."""
+        return self._cache.get(first_offset)
+
+    async def read(self, offset: int) -> list[Frame]:
+        """Frames from the one that holds ``offset``, or the next that is there, in order; some, not all.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+        """
+        if (frame := self._cache.get(offset)) is not None:
+            return self._cached_run(frame)
+        frames = []
+        for stored in await self._log.read(self.kind, offset, _READ_BYTES):
+            frame = self._cache.get(stored.first_offset)
+            if frame is None:
+                frame = decode(self.kind, stored)
+                self._cache.put(frame)
+            frames.append(frame)
+        return frames
+
+    def _cached_run(self, frame: Frame) -> list[Frame]:
+        """A frame and those behind it, as far as they are in the cache."""
+        frames = [frame]
+        size = frame.size
+        while size < _READ_BYTES and (following := self._cache.get(frame.end)) is not None:
+            frame = following
+            frames.append(frame)
+            size += frame.size
+        return frames

@@ -1,0 +1,103 @@
+"""What requests must look like. Each check names the field."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from esperml.contract import PAYLOADS, InvalidFieldError, check_event
+from esperml.oona.rejection import RequestRejectedError, invalid
+from esperml.v1 import event_pb2, oona_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+MAX_NAME_LENGTH: Final = 128
+MAX_ACK_DEADLINE_S: Final = 24 * 3600
+# What fits the log's 64-bit columns; later times are as good as this one.
+_MAX_TIME_NS: Final = 2**63 - 1
+_NS: Final = 10**9
+_MAX_SECONDS: Final = 253_402_300_799  # 9999-12-31, the last day that a Timestamp may name.
+
+
+def check_kind(field: str, kind: event_pb2.Kind.ValueType) -> None:
+    """Raise :class:`RequestRejectedError` unless the bus carries ``kind``."""
+    if kind not in PAYLOADS:
+        raise invalid(field, f"{kind} is not a kind that the bus carries")
+
+
+def check_client_id(client_id: str) -> None:
+    """Raise :class:`RequestRejectedError` unless it can name a publisher."""
+    if not 1 <= len(client_id) <= MAX_NAME_LENGTH:
+        raise invalid("open.client_id", f"must have 1 to {MAX_NAME_LENGTH} characters, not {len(client_id)}")
+
+
+def check_publish(publish: oona_pb2.Publish) -> None:
+    """Raise :class:`RequestRejectedError` unless every field is in range and every event fits the kind."""
+    check_kind("publish.kind", publish.kind)
+    if not publish.first_sequence:
+        raise invalid("publish.first_sequence", "must be above 0")
+    if not publish.events:
+        raise invalid("publish.events", "at least one event is required")
+    for index, event in enumerate(publish.events):
+        field = f"publish.events[{index}]"
+        try:
+            check_event(publish.kind, event, field)
+        except InvalidFieldError as error:
+            wrong = error.field == f"{field}.payload" and event.WhichOneof("payload") is not None
+            reason = oona_pb2.REJECT_REASON_WRONG_PAYLOAD if wrong else oona_pb2.REJECT_REASON_INVALID
+            raise RequestRejectedError(reason, str(error)) from error
+
+
+def check_subscribe(subscribe: oona_pb2.Subscribe) -> None:
+    """Raise :class:`RequestRejectedError` unless every field is in range and goes with the others."""
+    if not subscribe.subscription_id:
+        raise invalid("subscribe.subscription_id", "must be above 0")
+    check_kind("subscribe.kind", subscribe.kind)
+    for index, run_id in enumerate(subscribe.run_ids):
+        if not 1 <= len(run_id) <= MAX_NAME_LENGTH:
+            raise invalid(f"subscribe.run_ids[{index}]", f"must have 1 to {MAX_NAME_LENGTH} characters")
+    if len(subscribe.group) > MAX_NAME_LENGTH:
+        raise invalid("subscribe.group", f"must have at most {MAX_NAME_LENGTH} characters")
+    if subscribe.start.anchor not in oona_pb2.Anchor.values():
+        raise invalid("subscribe.start.anchor", f"{subscribe.start.anchor} is not an anchor")
+    if subscribe.group:
+        if subscribe.HasField("end_offset"):
+            raise invalid("subscribe.end_offset", "is for private readers, but a group is given")
+    elif subscribe.start.anchor == oona_pb2.ANCHOR_COMMITTED:
+        raise invalid("subscribe.start.anchor", "COMMITTED is for groups, but none is given")
+    elif subscribe.HasField("ack_deadline"):
+        raise invalid("subscribe.ack_deadline", "is for groups, but none is given")
+
+
+def ack_deadline_s(subscribe: oona_pb2.Subscribe, default_s: float) -> float:
+    """The deadline asked for, in s. Raises :class:`RequestRejectedError` where it is out of range."""
+    if not subscribe.HasField("ack_deadline"):
+        return default_s
+    deadline_s = subscribe.ack_deadline.seconds + subscribe.ack_deadline.nanos / _NS
+    if not 0 < deadline_s <= MAX_ACK_DEADLINE_S:
+        raise invalid(
+            "subscribe.ack_deadline", f"must be above 0 and at most {MAX_ACK_DEADLINE_S} s, not {deadline_s:g}"
+        )
+    return deadline_s
+
+
+def time_ns(field: str, time: Timestamp) -> int:
+    """A time in ns since 1970. Raises :class:`RequestRejectedError` where it is no time that a Timestamp may name."""
+    if not (0 <= time.nanos < _NS and -_MAX_SECONDS <= time.seconds <= _MAX_SECONDS):
+        raise invalid(field, "is not a time between the years 1 and 9999")
+    return max(0, min(time.seconds * _NS + time.nanos, _MAX_TIME_NS))
+
+
+def check_ack(ack: oona_pb2.Ack) -> None:
+    """Raise :class:`RequestRejectedError` unless it says something and its ranges are ranges."""
+    if not (ack.acked or ack.nacked or ack.extended):
+        raise invalid("ack", "names no record")
+    for index, offsets in enumerate(ack.acked):
+        if offsets.first > offsets.last:
+            raise invalid(f"ack.acked[{index}].last", f"{offsets.last} is below first, {offsets.first}")
+
+
+def check_grant(grant: oona_pb2.Grant) -> None:
+    """Raise :class:`RequestRejectedError` unless it grants something."""
+    if not grant.messages and not grant.bytes:
+        raise invalid("grant.messages", "must be above 0 where no bytes are granted")
