@@ -83,7 +83,7 @@ def test_convolutions_over_a_table_are_refused() -> None:
 
 
 def test_the_number_of_hosts_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="^count:"):
+    with pytest.raises(ValueError, match=r"^count:"):
         sample_hosts(0, 0)
 
 

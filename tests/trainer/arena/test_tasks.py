@@ -68,7 +68,7 @@ def test_mnist1d_is_made_without_the_network_and_without_disturbing_random_numbe
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     random.seed(5)
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
     expected = random.random(), np.random.default_rng(1).random()
     random.seed(5)
     load_task("mnist1d")

@@ -46,8 +46,8 @@ class HostSpec:
     shape: Shape = "chain"
     silent: tuple[int, ...] = ()
     silent_units: int = 4
-    learning_rate: float = 3e-3
-    batch_size: int = 64
+    learning_rate: float = 1e-3
+    batch_size: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -256,7 +256,7 @@ def _draws(family: Family, draw: random.Random) -> Iterator[HostSpec]:
             shape=shape,
             silent=(place,) if silent else (),
             silent_units=draw.choice((2, 3, 4, 6)),
-            learning_rate=draw.choice((2e-3, 3e-3, 5e-3)),
-            batch_size=draw.choice((32, 64, 128)),
+            learning_rate=draw.choice((5e-4, 1e-3, 2e-3)),
+            batch_size=draw.choice((64, 128)),
             seed=draw.randrange(2**31),
         )
