@@ -66,7 +66,7 @@ class Broker:
         topic = self._topics[publish.kind]
         events = publish.events
         size = publish.ByteSize()
-        stored = self._log.append(publish.kind, client_id, publish.first_sequence, events)
+        stored = self._log.append(publish.kind, client_id, publish.first_sequence, events, size)
 
         def tell_readers(future: asyncio.Future[Appended]) -> None:
             if future.exception() is None:

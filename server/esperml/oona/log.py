@@ -132,9 +132,9 @@ class Log(Protocol):
         ...
 
     def append(
-        self, kind: int, client_id: str, first_sequence: int, events: Sequence[event_pb2.Event]
+        self, kind: int, client_id: str, first_sequence: int, events: Sequence[event_pb2.Event], size: int
     ) -> asyncio.Future[Appended]:
-        """Store events, and the publisher's sequence with them. Events must not change afterwards.
+        """Store events, about ``size`` bytes, and the publisher's sequence with them. They must not change afterwards.
 
         Raises (from the future):
             SequenceGapError: the sequence leaves a gap.

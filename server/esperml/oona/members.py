@@ -151,11 +151,14 @@ class MemberReader(Subscription):
         return self._member.next_deadline_s
 
     async def _advance(self) -> bool:
-        self._group.state.expire(self._member, asyncio.get_running_loop().time())
+        loop = asyncio.get_running_loop()
+        state, member = self._group.state, self._member
+        state.expire(member, loop.time())
         routed = await self._group.route()
         response = self._new_delivery()
+        now_s = loop.time()
         while not self._is_full(response.delivery):
-            record = self._group.state.peek(self._member)
+            record = state.peek(member)
             if record is None:
                 break
             frame = self._loaded(record.frame)
@@ -165,10 +168,9 @@ class MemberReader(Subscription):
                 # The world may be another when it has been read: look again.
                 await self._load(record.frame)
                 return True
-            attempt = self._group.state.next_attempt(record.offset)
-            if not self._add(response.delivery, frame, record.offset, attempt):
+            if not self._add(response.delivery, frame, record.offset, state.next_attempt(record.offset)):
                 break
-            self._group.state.lease(self._member, asyncio.get_running_loop().time())
+            state.lease(member, now_s)
         if not response.delivery.records:
             return routed
         await self._emit(response)

@@ -213,10 +213,9 @@ class SqliteLog:
         return await self._ask(lambda transaction: transaction.last_sequence(client_id) + 1)
 
     def append(
-        self, kind: int, client_id: str, first_sequence: int, events: Sequence[event_pb2.Event]
+        self, kind: int, client_id: str, first_sequence: int, events: Sequence[event_pb2.Event], size: int
     ) -> asyncio.Future[Appended]:
         """Store events, and the publisher's sequence with them; see :class:`esperml.oona.log.Log`."""
-        size = sum(event.ByteSize() for event in events)
         return self._ask(lambda transaction: transaction.append(kind, client_id, first_sequence, events), size)
 
     def save_group(self, kind: int, group: str, progress: GroupProgress) -> asyncio.Future[None]:

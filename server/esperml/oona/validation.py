@@ -39,13 +39,12 @@ def check_publish(publish: oona_pb2.Publish) -> None:
     if not publish.events:
         raise invalid("publish.events", "at least one event is required")
     for index, event in enumerate(publish.events):
-        field = f"publish.events[{index}]"
         try:
-            check_event(publish.kind, event, field)
+            check_event(publish.kind, event, "")
         except InvalidFieldError as error:
-            wrong = error.field == f"{field}.payload" and event.WhichOneof("payload") is not None
+            wrong = error.field == ".payload" and event.WhichOneof("payload") is not None
             reason = oona_pb2.REJECT_REASON_WRONG_PAYLOAD if wrong else oona_pb2.REJECT_REASON_INVALID
-            raise RequestRejectedError(reason, str(error)) from error
+            raise RequestRejectedError(reason, f"publish.events[{index}]{error}") from error
 
 
 def check_subscribe(subscribe: oona_pb2.Subscribe) -> None:
