@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,9 @@ from esperml.trainer.arena.twins import Plan, train_twin
 from esperml.v1 import event_pb2
 
 log = structlog.get_logger(__name__)
+
+PACES: Final = (0.8, 0.8, 1.0, 1.0, 1.0, 1.6, 2.0)
+"""Factors by which the plans of hosts are stretched, each as likely: what is learned must not hang on one cadence."""
 
 MANIFEST: Final = "collection.json"
 _PARTIAL: Final = ".partial"
@@ -101,7 +105,7 @@ def collect(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet_process) as pool:
         pending: set[Future[None]] = {
-            pool.submit(collect_host, paths[index], specs[index], collection, index) for index in missing
+            pool.submit(collect_host, paths[index], specs[index], collection) for index in missing
         }
         try:
             while pending:
@@ -117,7 +121,7 @@ def collect(
     return paths
 
 
-def collect_host(path: Path, spec: HostSpec, collection: Collection, index: int) -> None:
+def collect_host(path: Path, spec: HostSpec, collection: Collection) -> None:
     """Train the static twin and the branches of one host and record them to ``path``, whole or not at all."""
     partial = path.with_name(path.name + _PARTIAL)
     partial.unlink(missing_ok=True)
@@ -125,8 +129,9 @@ def collect_host(path: Path, spec: HostSpec, collection: Collection, index: int)
         policy="explore",
         health_threshold=1.0,
         confidence_threshold=0.0,  # Holding back what is improbable would take the randomness away.
-        random_seed=collection.seed * 1_000_003 + index,
+        random_seed=collection.seed,
     )
+    plan = collection.plan.stretched(random.Random(spec.seed).choice(PACES))
     with Recorder(partial) as recorder:
         controller = Controller(PolicyStore.from_settings(settings), settings)
 
@@ -134,10 +139,10 @@ def collect_host(path: Path, spec: HostSpec, collection: Collection, index: int)
             return LocalLink(controller.handle, sink=lambda kind, event: _keep(recorder, kind, event))
 
         static = f"{spec.name}/static"
-        _train(spec, collection.plan, link(), run=static, mode="observe", policy="nothing")
+        _train(spec, plan, link(), run=static, mode="observe", policy="nothing")
         for branch in range(collection.branches):
             run = f"{spec.name}/branch-{branch}"
-            _train(spec, collection.plan, link(), run=run, policy="explore", paired_run=static)
+            _train(spec, plan, link(), run=run, policy="explore", paired_run=static)
     with partial.open("rb") as whole:
         os.fsync(whole.fileno())
     partial.rename(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
@@ -23,6 +23,15 @@ from esperml.v1 import graph_pb2
 
 EvaluationMode = Literal["observe", "act"]
 _EVALUATION_BATCH: Final = 2048
+_STEPS: Final = (
+    "steps",
+    "report_every",
+    "warmup_steps",
+    "decision_interval_steps",
+    "blend_steps",
+    "hold_steps",
+    "last_germination_step",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,17 @@ class Plan:
     graft_parameter_budget: int = 800
     parameter_budget: int = 1600
     max_live_seeds: int = 1
+
+    def stretched(self, factor: float) -> Plan:
+        """The same plan with every number of steps multiplied by ``factor``, reports included.
+
+        Raises:
+            ValueError: nothing would be left of an interval.
+        """
+        stretched = {name: round(getattr(self, name) * factor) for name in _STEPS}
+        if min(stretched.values()) < 1:
+            raise ValueError(f"factor: {factor:g} leaves nothing of an interval")
+        return replace(self, **stretched)
 
     def limits(self) -> graph_pb2.RunLimits:
         """What a run under this plan allows."""
