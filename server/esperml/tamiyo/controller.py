@@ -56,14 +56,14 @@ class UnknownRunError(LookupError):
 class Controller:
     """Decides for every run that it hears of.
 
-    Args:
+    Attributes:
         policies: who may decide.
         settings: how, and the limits of runs that state none.
     """
 
     def __init__(self, policies: PolicyStore, settings: TamiyoSettings) -> None:
-        self._policies = policies
-        self._settings = settings
+        self.policies = policies
+        self.settings = settings
         self._seed = settings.random_seed if settings.random_seed is not None else secrets.randbits(63)
         self._runs: OrderedDict[str, RunControl] = OrderedDict()
         self._held: OrderedDict[str, list[tuple[event_pb2.Kind.ValueType, event_pb2.Event]]] = OrderedDict()
@@ -110,18 +110,26 @@ class Controller:
         for _, event in ordered:
             if event.WhichOneof("payload") == "decision":
                 recorded[event.decision.decision_id] = event.decision
-        concerned = {event.run_id for _, event in ordered}
-        for kind, event in ordered:
-            if kind == event_pb2.KIND_DECISIONS:
-                continue
-            try:
-                self.handle(kind, event)
-            except InvalidFieldError as error:
-                log.warning("event_refused", run_id=event.run_id, field=error.field, problem=error.problem)
-            if event.WhichOneof("payload") == "run_started" and event.run_id in self._runs:
-                self._runs[event.run_id].recall(recorded)
-        for run_id in concerned & self._runs.keys():
-            self._runs[run_id].recall(None)
+        try:
+            for kind, event in ordered:
+                if kind != event_pb2.KIND_DECISIONS:
+                    self._handle_again(kind, event, recorded)
+        finally:
+            for run_id in {event.run_id for _, event in ordered} & self._runs.keys():
+                self._runs[run_id].recall(None)
+
+    def _handle_again(
+        self,
+        kind: event_pb2.Kind.ValueType,
+        event: event_pb2.Event,
+        recorded: dict[str, decision_pb2.AdaptationDecision],
+    ) -> None:
+        try:
+            self.handle(kind, event)
+        except InvalidFieldError as error:
+            log.warning("event_refused", run_id=event.run_id, field=error.field, problem=error.problem)
+        if event.WhichOneof("payload") == "run_started" and event.run_id in self._runs:
+            self._runs[event.run_id].recall(recorded)
 
     def knows(self, run_id: str) -> bool:
         """Whether a run was started, or its start refused."""
@@ -135,7 +143,7 @@ class Controller:
         try:
             validate.check_graph(started.graph, "event.run_started.graph")
             try:
-                policy = self._policies.get(started.policy)
+                policy = self.policies.get(started.policy)
             except (UnknownPolicyError, CheckpointError) as error:
                 raise InvalidFieldError("event.run_started.policy", str(error)) from error
         except InvalidFieldError as error:
@@ -151,10 +159,10 @@ class Controller:
             started=started,
             policy=policy,
             analyzer=Analyzer(run_id, started.graph),
-            settings=self._settings,
+            settings=self.settings,
             started_at=event.created_at,
         )
-        control = RunControl(run, self._settings, self._seed, self._curve)
+        control = RunControl(run, self.settings, self._seed, self._curve)
         self._runs.pop(run_id, None)
         self._runs[run_id] = control
         self._curves.pop(run_id, None)
@@ -178,7 +186,7 @@ class Controller:
         return control.run.curve if control is not None else self._curves.get(run_id)
 
     def _evict(self) -> None:
-        while len(self._runs) > self._settings.max_runs:
+        while len(self._runs) > self.settings.max_runs:
             ended = (run_id for run_id, control in self._runs.items() if control.run.ended)
             run_id = next(ended, next(iter(self._runs)))
             gone = self._runs.pop(run_id).run
@@ -186,7 +194,7 @@ class Controller:
                 self._curves[run_id] = gone.curve
                 _trim(self._curves, MAX_CURVES)
             if not gone.ended:
-                log.warning("run_evicted", run_id=run_id, step=gone.step, max_runs=self._settings.max_runs)
+                log.warning("run_evicted", run_id=run_id, step=gone.step, max_runs=self.settings.max_runs)
 
     # Questions, and a person's say.
 

@@ -17,7 +17,7 @@ from esperml.tamiyo import lifecycle, rules, validate
 from esperml.tamiyo.engine import Options, decide
 from esperml.tamiyo.experience import OpenExperience
 from esperml.tamiyo.rewards import LossCurve, paired_reward
-from esperml.tamiyo.run_state import MAX_AHEAD, RunState
+from esperml.tamiyo.run_state import MAX_AHEAD, Flight, RunState
 from esperml.v1 import decision_pb2, event_pb2, experience_pb2, graph_pb2, health_pb2, run_pb2, runs_pb2
 
 Outgoing = list[tuple[event_pb2.Kind.ValueType, event_pb2.Event]]
@@ -155,7 +155,7 @@ class RunControl:
         if decision is None:
             log.warning("outcome_unknown", run_id=run.run_id, decision_id=applied.decision_id)
             return
-        run.in_flight.pop(applied.decision_id, None)
+        flight = run.in_flight.pop(applied.decision_id, None)
         run.settling.pop(decision.target.seed_id, None)
         names = (decision.target.source_layer, decision.target.target_layer)
         verb = decision.action.WhichOneof("kind") or "none"
@@ -168,6 +168,9 @@ class RunControl:
                 run.embargo[names] = applied.step + rest
             return
         run.applied += 1
+        if flight is not None and run.step < applied.step:
+            flight.applied_at = applied.step
+            run.in_flight[applied.decision_id] = flight
         if verb == "cull":
             run.embargo[names] = applied.step + rest
         place = run.place_index().get(names)
@@ -290,10 +293,8 @@ class RunControl:
             vocabulary=run.policy.facts.vocabulary,
             health_threshold=self._settings.health_threshold,
             embargo={places[names]: until for names, until in run.embargo.items() if names in places},
-            waiting=frozenset(
-                places[source, target] for source, target, _ in run.in_flight.values() if (source, target) in places
-            ),
-            reserved=sum(budget for _, _, budget in run.in_flight.values()),
+            waiting=frozenset(places[flight.names] for flight in run.in_flight.values() if flight.names in places),
+            reserved=sum(flight.budget for flight in run.in_flight.values()),
         )
 
     def _generator(self, step: int) -> np.random.Generator:
@@ -335,8 +336,8 @@ class RunControl:
             run.pending.append(decision.decision_id)
         waits = decision.disposition in (decision_pb2.DISPOSITION_PENDING, decision_pb2.DISPOSITION_SENT)
         if waits and decision.action.WhichOneof("kind") == "germinate":
-            target, budget = decision.target, decision.action.germinate.parameter_budget
-            run.in_flight[decision.decision_id] = (target.source_layer, target.target_layer, budget)
+            names = (decision.target.source_layer, decision.target.target_layer)
+            run.in_flight[decision.decision_id] = Flight(names, decision.action.germinate.parameter_budget)
         return self._told(decision, at)
 
     def _told(self, decision: decision_pb2.AdaptationDecision, at: Timestamp) -> Outgoing:

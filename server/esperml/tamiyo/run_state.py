@@ -29,6 +29,21 @@ MAX_DECISIONS: Final = 1024
 _NAMESPACE: Final = uuid.UUID("6f1c4d0e-5a6b-5c57-9a55-7d1f0f2b6a11")
 
 
+@dataclass(slots=True)
+class Flight:
+    """A germination that the host was asked for, or may be.
+
+    Attributes:
+        names: source and target layer of its place.
+        budget: parameters that it may take.
+        applied_at: step at which the host applied it; ``None`` before it answered.
+    """
+
+    names: tuple[str, str]
+    budget: int
+    applied_at: int | None = None
+
+
 @dataclass
 class RunState:
     """One run.
@@ -48,7 +63,7 @@ class RunState:
         curve: its held-out losses.
         decisions: decisions by id, latest last.
         pending: ids of those that wait for approval, oldest first.
-        in_flight: place and parameters asked for by each germination that was sent or proposed and not answered.
+        in_flight: germinations by decision id, until a report shows the seed or there will be none.
         embargo: places that must rest, by the names of their layers, and until which step.
         settling: seeds for which a settlement was sent or proposed, and at which step.
         open_experience: the last policy decision.
@@ -73,7 +88,7 @@ class RunState:
     curve: LossCurve = field(default_factory=LossCurve)
     decisions: OrderedDict[str, decision_pb2.AdaptationDecision] = field(default_factory=OrderedDict)
     pending: list[str] = field(default_factory=list)
-    in_flight: dict[str, tuple[str, str, int]] = field(default_factory=dict)
+    in_flight: dict[str, Flight] = field(default_factory=dict)
     embargo: dict[tuple[str, str], int] = field(default_factory=dict)
     settling: dict[str, int] = field(default_factory=dict)
     open_experience: OpenExperience | None = None
@@ -136,10 +151,14 @@ class RunState:
         return {self.analyzer.place_names(place): place for place in range(len(self.analyzer.graph.places.sources))}
 
     def release_stale(self) -> None:
-        """Give up waiting for answers to what has expired: the host will refuse it, or never saw it."""
-        for decision_id in list(self.in_flight):
-            expiry = self.decisions[decision_id].expires_after_step
-            if expiry and self.step > expiry:
+        """Stop waiting for what this report shows, and for answers to what has expired.
+
+        A report that was measured after a seed was planted lists it; one that was measured before, but comes later
+        than the answer, does not.
+        """
+        for decision_id, flight in list(self.in_flight.items()):
+            shown = flight.applied_at is not None and self.step >= flight.applied_at
+            if shown or self.is_expired(self.decisions[decision_id]):
                 del self.in_flight[decision_id]
         self.pending = [name for name in self.pending if not self.is_expired(self.decisions[name])]
 

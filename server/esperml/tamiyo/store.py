@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from esperml.contract import InvalidFieldError
 from esperml.settings import TamiyoSettings
 from esperml.tamiyo import checkpoint
 from esperml.tamiyo.checkpoint import CheckpointError
@@ -24,6 +25,13 @@ class UnknownPolicyError(LookupError):
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(f"there is no policy named {name!r}; there are {', '.join(known)}")
         self.name = name
+
+
+class NoPromotionError(LookupError):
+    """There is no promotion to roll back."""
+
+    def __init__(self) -> None:
+        super().__init__("no policy was promoted since the server started; there is nothing to roll back")
 
 
 class PolicyStore:
@@ -104,15 +112,15 @@ class PolicyStore:
             relative_path: of its folder, relative to the policy folder.
 
         Raises:
-            CheckpointError: it lies outside the policy folder, or cannot be used.
-            ValueError: the name is empty or taken by a plain policy.
+            InvalidFieldError: the name is empty or a plain policy's, or the path leads out of the policy folder.
+            CheckpointError: the checkpoint cannot be used.
         """
         if not name or isinstance(self._policies.get(name), ChancePolicy):
-            raise ValueError(f"{name!r} cannot name a promoted policy")
+            raise InvalidFieldError("name", f"{name!r} cannot name a promoted policy")
         folder = self._dir.resolve()
         path = (folder / relative_path).resolve()
         if not path.is_relative_to(folder):
-            raise CheckpointError(Path(relative_path), "lies outside the policy folder")
+            raise InvalidFieldError("checkpoint", f"{relative_path!r} leads out of the policy folder")
         policy = self.load(name, path)
         self._defaults.append(policy)
         return policy
@@ -121,10 +129,10 @@ class PolicyStore:
         """Make the default what it was before the last promotion, and return it.
 
         Raises:
-            LookupError: nothing was promoted.
+            NoPromotionError: nothing was promoted.
         """
         if len(self._defaults) == 1:
-            raise LookupError("no promotion to roll back")
+            raise NoPromotionError
         self._defaults.pop()
         self.add(self.default)
         return self.default
