@@ -34,6 +34,14 @@ from esperml.client.oona import OonaClient
 from esperml.client.recording import Recorded, Recorder, RecordingInfo, describe, read, record
 from esperml.client.retry import Backoff
 from esperml.client.subscription import Subscription
+from esperml.client.tamiyo import (
+    InvalidStateError,
+    NotFoundError,
+    PreconditionError,
+    RunsClient,
+    TamiyoClient,
+    TamiyoError,
+)
 
 __all__ = [
     "Backoff",
@@ -46,19 +54,25 @@ __all__ = [
     "FrameTooLargeError",
     "GroupMismatchError",
     "InvalidRequestError",
+    "InvalidStateError",
     "NotARecordingError",
+    "NotFoundError",
     "OonaClient",
     "OonaError",
+    "PreconditionError",
     "PublishTimeoutError",
     "Recorded",
     "Recorder",
     "RecordingError",
     "RecordingInfo",
     "RejectedError",
+    "RunsClient",
     "SequenceGapError",
     "StorageError",
     "StreamEndedError",
     "Subscription",
+    "TamiyoClient",
+    "TamiyoError",
     "TruncatedRecordingError",
     "UnknownSubscriptionError",
     "WrongPayloadError",
