@@ -1,0 +1,80 @@
+"""``esper serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from esperml.settings import SettingsError, configure_logging, load
+
+
+@click.command()
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on; 0 takes a free one.  [default: 50051]")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the bus's logs.  [default: esper-data]")
+@click.option("--policy", help="Policy that decides: shipped, chance, nothing, or a checkpoint's folder.")
+@click.option("--insecure", is_flag=True, default=None, help="Allow an address beyond loopback without TLS.")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="TOML file of settings.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level to log.")
+@click.option("--log-format", type=click.Choice(["console", "json"]), help="Log for people or for machines.")
+def serve(
+    host: str | None,
+    port: int | None,
+    data_dir: Path | None,
+    policy: str | None,
+    insecure: bool | None,
+    file: Path | None,
+    log_level: str | None,
+    log_format: str | None,
+) -> None:
+    r"""Run Oona and Tamiyo in one process.
+
+    When every service answers, one line of JSON goes to standard output: {"listening": "127.0.0.1:50051"}. The log
+    goes to standard error. Ctrl-C or SIGTERM stops it in good order; what was confirmed is on disk either way.
+
+    \b
+    Examples:
+        esper serve --port 50051 --data-dir esper-data
+        esper serve --policy policies/mine
+        grpcurl -plaintext -d @ localhost:50051 esperml.v1.Tamiyo/Decide < examples/decide.json
+    """
+    flags = {
+        "server.host": host,
+        "server.port": port,
+        "server.data_dir": data_dir,
+        "server.insecure": insecure,
+        "tamiyo.policy": policy,
+        "log.level": log_level,
+        "log.format": log_format,
+    }
+    try:
+        settings = load(file=file, flags=flags)
+    except SettingsError as error:
+        raise click.ClickException(str(error)) from error
+    configure_logging(settings.log)
+
+    from esperml.oona import LogError
+    from esperml.server import app
+    from esperml.tamiyo.checkpoint import CheckpointError
+    from esperml.tamiyo.store import UnknownPolicyError
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await app.serve(settings, stop=stop, ready=_say_ready)
+
+    try:
+        asyncio.run(run())
+    except (OSError, app.ExposedAddressError, LogError, CheckpointError, UnknownPolicyError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _say_ready(address: str) -> None:
+    sys.stdout.write(json.dumps({"listening": address}) + "\n")
+    sys.stdout.flush()
