@@ -14,6 +14,7 @@ import queue
 import sqlite3
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Final, TypeVar, cast
@@ -95,8 +96,8 @@ class _Transaction:
         if count:
             batch = event_pb2.EventBatch(events=events[duplicates:]).SerializeToString()
             self.connection.execute(
-                "INSERT INTO frames (kind, first_offset, count, append_time_ns, batch) VALUES (?, ?, ?, ?, ?)",
-                (kind, bounds.next, count, self.append_time_ns, batch),
+                "INSERT INTO frames (kind, first_offset, count, append_time_ns, crc32, batch) VALUES (?, ?, ?, ?, ?, ?)",
+                (kind, bounds.next, count, self.append_time_ns, zlib.crc32(batch), batch),
             )
             self.sequences[client_id] = last + count
             self.bounds[kind] = TopicBounds(bounds.earliest, bounds.next + count, bounds.bytes + len(batch))
@@ -334,14 +335,16 @@ class SqliteLog:
         frames: list[StoredFrame] = []
         size = 0
         cursor = self._read_connection.execute(
-            "SELECT first_offset, count, append_time_ns, batch FROM frames WHERE kind = ? AND first_offset >= "
+            "SELECT first_offset, count, append_time_ns, crc32, batch FROM frames WHERE kind = ? AND first_offset >= "
             "coalesce((SELECT max(first_offset) FROM frames WHERE kind = ? AND first_offset <= ?), 0) "
             "ORDER BY first_offset",
             (kind, kind, offset),
         )
-        for first_offset, count, append_time_ns, batch in cursor:
+        for first_offset, count, append_time_ns, crc32, batch in cursor:
             if first_offset + count <= offset:
                 continue
+            if zlib.crc32(batch) != crc32:
+                raise LogDamagedError(f"{self._path}: log {kind}: the frame at offset {first_offset} is damaged")
             frames.append(StoredFrame(first_offset, count, append_time_ns, batch))
             size += len(batch)
             if size >= max_bytes:

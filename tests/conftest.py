@@ -1,0 +1,70 @@
+"""A real bus on a free port, for every test that needs one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from esperml.client import new_event
+from esperml.oona import Broker, OonaService, SqliteLog, add_to_server, server_options
+from esperml.settings import OonaSettings
+from esperml.v1 import event_pb2, run_pb2
+
+
+class Bus:
+    """A server with the bus on one log file, which can be stopped and started again on the same port."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = OonaSettings()
+        self.port = 0
+        self.running = False
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def start(self, **settings: object) -> None:
+        self.settings = self.settings.model_copy(update=settings)
+        self.log = SqliteLog(self.path, max_bytes=self.settings.max_log_bytes)
+        self.broker = Broker(self.log, self.settings)
+        self.service = OonaService(self.broker)
+        self.server = grpc.aio.server(options=[*server_options(self.settings), ("grpc.so_reuseport", 0)])
+        add_to_server(self.service, self.server)
+        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self.server.start()
+        self.running = True
+
+    async def stop(self) -> None:
+        """Stop as on SIGTERM: streams end with UNAVAILABLE."""
+        if self.running:
+            self.running = False
+            self.service.shut_down()
+            await self.server.stop(2)
+            await self.log.close()
+
+    async def break_off(self) -> None:
+        """Stop without a word to the streams."""
+        self.running = False
+        await self.server.stop(None)
+        await self.log.close()
+
+
+@pytest.fixture
+async def bus(tmp_path):
+    bus = Bus(tmp_path / "oona.sqlite")
+    await bus.start()
+    yield bus
+    await bus.stop()
+
+
+@pytest.fixture
+def make_event():
+    """Makes an event that kind events carries; ``mark`` tells events apart."""
+
+    def make(run_id: str = "run-1", mark: str = "") -> event_pb2.Event:
+        return new_event(run_id, run_ended=run_pb2.RunEnded(error=mark))
+
+    return make

@@ -1,0 +1,90 @@
+"""A stream spoken frame by frame, as a client in another language might."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from esperml.v1 import oona_pb2
+
+
+class RawStream:
+    """Sends and reads frames; ``answer`` sends a request and gives back what the server says to it."""
+
+    def __init__(self, call) -> None:
+        self.call = call
+        self.deliveries: list[oona_pb2.Delivery] = []
+        self.unasked: list[oona_pb2.StreamResponse] = []
+        self._request_id = 0
+
+    async def send(self, **request) -> int:
+        self._request_id += 1
+        await self.call.write(oona_pb2.StreamRequest(request_id=self._request_id, **request).SerializeToString())
+        return self._request_id
+
+    async def send_bytes(self, data: bytes) -> None:
+        await self.call.write(data)
+
+    async def read(self) -> oona_pb2.StreamResponse | None:
+        response = await self.call.read()
+        return response if isinstance(response, oona_pb2.StreamResponse) else None
+
+    async def answer(self, **request) -> oona_pb2.StreamResponse:
+        request_id = await self.send(**request)
+        while True:
+            response = await self.read()
+            assert response is not None, "the stream ended"
+            if response.request_id == request_id:
+                return response
+            self.unasked.append(response)
+
+    async def next(self, name: str) -> oona_pb2.StreamResponse:
+        """The next frame of a sort that the server sends unasked."""
+        for index, response in enumerate(self.unasked):
+            if response.HasField(name):
+                return self.unasked.pop(index)
+        while (response := await self.read()) is not None:
+            if response.HasField(name):
+                return response
+            self.unasked.append(response)
+        raise AssertionError(f"the stream ended before {name}")
+
+    async def records(self, count: int) -> list:
+        records: list = []
+        while len(records) < count:
+            records += (await self.next("delivery")).delivery.records
+        return records
+
+    async def status(self) -> tuple[grpc.StatusCode, str]:
+        """Read to the end; the status that ended the stream."""
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            while await self.read() is not None:
+                pass
+        return await self.call.code(), await self.call.details()
+
+
+@contextlib.asynccontextmanager
+async def raw_stream(target: str, client_id: str | None = "raw") -> AsyncIterator[RawStream]:
+    async with grpc.aio.insecure_channel(
+        target, options=[("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    ) as channel:
+        call = channel.stream_stream(
+            "/esperml.v1.Oona/Stream",
+            request_serializer=None,
+            response_deserializer=oona_pb2.StreamResponse.FromString,
+        )()
+        stream = RawStream(call)
+        if client_id is not None:
+            stream.opened = (await stream.answer(open=oona_pb2.Open(client_id=client_id))).opened
+        try:
+            yield stream
+        finally:
+            call.cancel()
+
+
+@pytest.fixture
+def open_stream():
+    return raw_stream
