@@ -54,7 +54,6 @@ class Analyzer:
     def _take(self, graph: graph_pb2.HostGraph) -> None:
         self.graph = graph
         self._topology = Topology.of(graph)
-        self._network = self._topology.network()
         self._layer_index = {layer.name: index for index, layer in enumerate(graph.layers)}
 
     @property

@@ -44,7 +44,7 @@ def ask(
     Args:
         policies: who may decide.
         settings: for what the caller leaves open, the run's limits included.
-        state: the state.
+        state: the state; it is taken over, and gets the limits and the mask that were respected.
         options: how.
 
     Returns:
@@ -60,12 +60,10 @@ def ask(
     policy = policies.get(options.policy)
     if options.HasField("feature_version") and options.feature_version != policy.facts.feature_version:
         raise FeatureVersionError(options.feature_version, policy.facts.feature_version)
-    complete = graph_pb2.ModelGraphState()
-    complete.CopyFrom(state)
     parameters = max(1, sum(layer.parameters for layer in state.graph.layers))
-    complete.limits.CopyFrom(limits.resolve(state.limits, settings, parameters))
+    state.limits.CopyFrom(limits.resolve(state.limits, settings, parameters))
     situation = Situation(
-        state=complete,
+        state=state,
         vocabulary=policy.facts.vocabulary,
         health_threshold=_threshold(options, "health_threshold", settings.health_threshold),
     )

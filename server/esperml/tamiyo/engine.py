@@ -63,7 +63,7 @@ def decide(
     with certainty, log-probability 0. ``confidence`` keeps what the policy itself gave it.
 
     Args:
-        situation: what is known and what bounds it.
+        situation: what is known and what bounds it. Its state is taken over and given the mask that was respected.
         policy: who judges.
         options: how.
         decision_id: of the decision to be.
@@ -71,8 +71,7 @@ def decide(
     """
     started = time.perf_counter()
     masked = rules.apply_masks(situation)
-    state = graph_pb2.ModelGraphState()
-    state.CopyFrom(situation.state)
+    state = situation.state
     state.mask.CopyFrom(masked.mask)
     blueprints = tuple(state.graph.blueprints) if policy.facts.vocabulary is None else policy.facts.vocabulary
     scores = policy.judge(state, blueprints)

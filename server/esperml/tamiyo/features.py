@@ -113,5 +113,5 @@ def allowed_blueprints(state: graph_pb2.ModelGraphState, vocabulary: Sequence[st
 def _tensor(columns: dict[str, Array], names: Sequence[str], size: int) -> Tensor:
     table = np.empty((size, len(names)), dtype=np.float32)
     for position, name in enumerate(names):
-        table[:, position] = finite(columns[name])
-    return torch.from_numpy(table)
+        table[:, position] = columns[name]
+    return torch.from_numpy(finite(table))

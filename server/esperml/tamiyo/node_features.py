@@ -61,8 +61,8 @@ def _architecture(view: StateView) -> dict[str, Array]:
         "log_out_elements": SIZE(view.out_elements),
         "log_in_width": SIZE(view.in_width),
         "log_out_width": SIZE(view.out_width),
-        "spatial_in": np.array([len(layer.input_shape) > 1 for layer in view.state.graph.layers], dtype=np.float64),
-        "spatial_out": np.array([len(layer.output_shape) > 1 for layer in view.state.graph.layers], dtype=np.float64),
+        "spatial_in": view.spatial_in,
+        "spatial_out": view.spatial_out,
         "out_to_in_width": ratio(view.out_width, view.in_width),
         "in_to_widest": ratio(view.in_width, view.in_width.max()),
         "in_to_narrowest": ratio(view.in_width, view.in_width.min()),
@@ -84,11 +84,10 @@ def _architecture(view: StateView) -> dict[str, Array]:
 
 def _measured(view: StateView) -> dict[str, Array]:
     layers = view.layers
-    activated = [float(layer.activated) if layer.HasField("activated") else np.nan for layer in view.state.graph.layers]
     latency, spread = layers["latency_mean"], np.sqrt(layers["latency_variance"])
     total = np.nansum(latency)
     return {
-        "activated": np.array(activated),
+        "activated": view.activated,
         **{name: squash(layers[name]) for name, squash in _MEASURES.items()},
         "latency_share": latency / total if total > 0 else absent(len(latency)),
         "latency_variation": np.where(latency > 0, np.log1p(spread / np.where(latency > 0, latency, 1.0)), np.nan),

@@ -24,9 +24,6 @@ def _architecture(view: StateView) -> dict[str, Array]:
     span_two = source != target
     read, added = view.in_width[source], view.out_width[target]
     on_the_way = np.minimum(view.out_width[source], view.in_width[target])
-    layers = view.state.graph.layers
-    spatial_in = np.array([len(layer.input_shape) > 1 for layer in layers], dtype=np.float64)
-    spatial_out = np.array([len(layer.output_shape) > 1 for layer in layers], dtype=np.float64)
     bits = [mask.bit_count() for mask in view.state.graph.places.blueprints]
     return {
         "span_two": span_two.astype(np.float64),
@@ -35,8 +32,8 @@ def _architecture(view: StateView) -> dict[str, Array]:
         "target_to_source_width": ratio(added, read),
         "widening": np.where(span_two, ratio(np.minimum(read, added), on_the_way), 0.0),
         "log_dense_size": log_scale(1.0, 1e8)(view.in_elements[source] * view.out_elements[target]),
-        "spatial_source": spatial_in[source],
-        "spatial_target": spatial_out[target],
+        "spatial_source": view.spatial_in[source],
+        "spatial_target": view.spatial_out[target],
         "fitting": np.array(bits, dtype=np.float64) / max(1, len(view.state.graph.blueprints)),
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from esperml.tamiyo.columns import Array
 
@@ -69,6 +70,7 @@ def rank(values: Array) -> Array:
     return result
 
 
-def finite(values: Array) -> Array:
-    """Zero where absent, cut off at :data:`LIMIT`."""
-    return np.clip(np.nan_to_num(values, nan=0.0, posinf=LIMIT, neginf=-LIMIT), -LIMIT, LIMIT)
+def finite(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Zero where absent, cut off at :data:`LIMIT`; in place."""
+    np.copyto(table, 0.0, where=np.isnan(table))
+    return np.clip(table, -LIMIT, LIMIT, out=table)

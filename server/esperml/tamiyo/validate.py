@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 import numpy as np
 
@@ -25,6 +25,10 @@ MAX_ADAPTATIONS: Final = 64
 MAX_SEEDS: Final = 4096
 MAX_STEP: Final = 2**53
 """Steps beyond this have no exact float."""
+
+_LAYER_TYPES: Final = frozenset(graph_pb2.LayerType.values()) - {graph_pb2.LAYER_TYPE_UNSPECIFIED}
+_EDGE_KINDS: Final = frozenset(graph_pb2.EdgeKind.values()) - {graph_pb2.EDGE_KIND_UNSPECIFIED}
+_STAGES: Final = frozenset(health_pb2.SeedStage.values()) - {health_pb2.SEED_STAGE_UNSPECIFIED}
 
 _PLACE_RANGES: Final = {"growth_gradient": (0.0, math.inf), "explained_error": (0.0, 1.0)}
 _RUN_RANGES: Final = {
@@ -67,12 +71,13 @@ def check_graph(graph: graph_pb2.HostGraph, field: str) -> None:
     if not graph.layers:
         raise InvalidFieldError(f"{field}.layers", "is empty; a host has at least one layer")
     _check_count(len(graph.layers), MAX_LAYERS, f"{field}.layers")
-    seen: set[str] = set()
+    names: set[str] = set()
     for index, layer in enumerate(graph.layers):
-        _check_layer(layer, f"{field}.layers[{index}]")
-        if layer.name in seen:
-            raise InvalidFieldError(f"{field}.layers[{index}].name", f"is {layer.name!r} again; names are unique")
-        seen.add(layer.name)
+        name, shapes = layer.name, (layer.input_shape, layer.output_shape)
+        # One look for what is nearly always right; only what is wrong is looked at again, to say what.
+        if not name or name in names or len(name) > MAX_NAME_LENGTH or layer.type not in _LAYER_TYPES or _empty(shapes):
+            _refuse_layer(layer, names, f"{field}.layers[{index}]")
+        names.add(name)
     _check_edges(graph, f"{field}.edges")
     _check_blueprints(graph.blueprints, f"{field}.blueprints")
     _check_places(graph, f"{field}.places")
@@ -114,14 +119,19 @@ def check_report(
     _check_seeds(report.seeds, places, f"{field}.seeds")
 
 
-def _check_layer(layer: graph_pb2.LayerSpec, field: str) -> None:
+def _empty(shapes: Iterable[Sequence[int]]) -> bool:
+    return any(0 in shape for shape in shapes)
+
+
+def _refuse_layer(layer: graph_pb2.LayerSpec, names: set[str], field: str) -> NoReturn:
     if not layer.name or len(layer.name) > MAX_NAME_LENGTH:
         raise InvalidFieldError(f"{field}.name", f"must have 1 to {MAX_NAME_LENGTH} characters")
-    if layer.type not in graph_pb2.LayerType.values() or layer.type == graph_pb2.LAYER_TYPE_UNSPECIFIED:
+    if layer.name in names:
+        raise InvalidFieldError(f"{field}.name", f"is {layer.name!r} again; names are unique")
+    if layer.type not in _LAYER_TYPES:
         raise InvalidFieldError(f"{field}.type", "is not a layer type; use LAYER_TYPE_OTHER for what has none")
-    for name in ("input_shape", "output_shape"):
-        if 0 in getattr(layer, name):
-            raise InvalidFieldError(f"{field}.{name}", "has a dimension of 0; leave the batch dimension out")
+    shape = "input_shape" if 0 in layer.input_shape else "output_shape"
+    raise InvalidFieldError(f"{field}.{shape}", "has a dimension of 0; leave the batch dimension out")
 
 
 def _check_edges(graph: graph_pb2.HostGraph, field: str) -> None:
@@ -131,9 +141,9 @@ def _check_edges(graph: graph_pb2.HostGraph, field: str) -> None:
         _check_length(len(getattr(edges, name)), len(edges.sources), f"{field}.{name}", "edges.sources")
     _check_indices(edges.sources, len(graph.layers), f"{field}.sources")
     _check_indices(edges.targets, len(graph.layers), f"{field}.targets")
-    for index, kind in enumerate(edges.kinds):
-        if kind not in graph_pb2.EdgeKind.values() or kind == graph_pb2.EDGE_KIND_UNSPECIFIED:
-            raise InvalidFieldError(f"{field}.kinds[{index}]", f"is {kind}, which is no kind of edge")
+    if not _EDGE_KINDS.issuperset(edges.kinds):
+        index, kind = next((index, kind) for index, kind in enumerate(edges.kinds) if kind not in _EDGE_KINDS)
+        raise InvalidFieldError(f"{field}.kinds[{index}]", f"is {kind}, which is no kind of edge")
 
 
 def _check_blueprints(names: Sequence[str], field: str) -> None:
@@ -191,7 +201,7 @@ def _check_seeds(seeds: Sequence[health_pb2.SeedSignal], places: int, field: str
             raise InvalidFieldError(f"{path}.seed_id", f"is {seed.seed_id!r} again; names are unique")
         seen.add(seed.seed_id)
         _check_index(seed.place, places, f"{path}.place")
-        if seed.stage not in health_pb2.SeedStage.values() or seed.stage == health_pb2.SEED_STAGE_UNSPECIFIED:
+        if seed.stage not in _STAGES:
             raise InvalidFieldError(f"{path}.stage", f"is {seed.stage}, which is no stage")
         _check_number(seed.alpha, (0.0, 1.0), f"{path}.alpha")
         if seed.HasField("ablation_contribution"):
@@ -236,15 +246,16 @@ def _check_number(value: float, bounds: tuple[float, float], field: str) -> None
         raise InvalidFieldError(field, f"is {value:g}, outside [{bounds[0]:g}, {bounds[1]:g}]")
 
 
-def _check_masks(masks: Iterable[int], blueprints: int, field: str) -> None:
-    for index, bits in enumerate(masks):
-        if bits >> blueprints:
-            raise InvalidFieldError(f"{field}[{index}]", f"has a bit beyond the {blueprints} blueprints of the graph")
+def _check_masks(masks: Sequence[int], blueprints: int, field: str) -> None:
+    if max(masks, default=0) >> blueprints:
+        index = next(index for index, bits in enumerate(masks) if bits >> blueprints)
+        raise InvalidFieldError(f"{field}[{index}]", f"has a bit beyond the {blueprints} blueprints of the graph")
 
 
-def _check_indices(values: Iterable[int], size: int, field: str) -> None:
-    for index, value in enumerate(values):
-        _check_index(value, size, f"{field}[{index}]")
+def _check_indices(values: Sequence[int], size: int, field: str) -> None:
+    if max(values, default=-1) >= size:
+        index = next(index for index, value in enumerate(values) if value >= size)
+        _check_index(values[index], size, f"{field}[{index}]")
 
 
 def _check_index(value: int, size: int, field: str) -> None:

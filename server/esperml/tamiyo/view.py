@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -50,34 +49,76 @@ class StateView:
         return indices(self.state.graph.places.targets)
 
     @cached_property
-    def layer_type(self) -> NDArray[np.int64]:
-        """``LayerType`` of each layer, ``[N]``."""
-        return indices([layer.type for layer in self.state.graph.layers])
+    def _specs(self) -> Array:
+        """Type, parameters, elements in and out, width in and out, dimensions in and out, activated: ``[9, N]``."""
+        rows = []
+        for layer in self.state.graph.layers:
+            read, made = tuple(layer.input_shape), tuple(layer.output_shape)
+            kind = layer.type
+            side = 0 if kind in CHANNELS_FIRST else -1
+            rows.append(
+                (
+                    kind,
+                    layer.parameters,
+                    math.prod(read),
+                    math.prod(made),
+                    read[side] if read else 1,
+                    made[side] if made else 1,
+                    len(read),
+                    len(made),
+                    layer.activated if layer.HasField("activated") else np.nan,
+                )
+            )
+        return np.array(rows, dtype=np.float64).T
 
-    @cached_property
+    def _spec(self, row: int) -> Array:
+        values: Array = self._specs[row]
+        return values
+
+    @property
+    def layer_type(self) -> Array:
+        """``LayerType`` of each layer, ``[N]``."""
+        return self._spec(0)
+
+    @property
     def parameters(self) -> Array:
         """Parameters of each layer, ``[N]``."""
-        return np.array([layer.parameters for layer in self.state.graph.layers], dtype=np.float64)
+        return self._spec(1)
 
-    @cached_property
+    @property
     def in_elements(self) -> Array:
-        """Numbers in one sample's input of each layer, at least 1, ``[N]``."""
-        return np.array([max(1, math.prod(x.input_shape)) for x in self.state.graph.layers], dtype=np.float64)
+        """Numbers in one sample's input of each layer, ``[N]``; 1 for a scalar or an unstated shape."""
+        return self._spec(2)
 
-    @cached_property
+    @property
     def out_elements(self) -> Array:
-        """Numbers in one sample's output of each layer, at least 1, ``[N]``."""
-        return np.array([max(1, math.prod(x.output_shape)) for x in self.state.graph.layers], dtype=np.float64)
+        """Numbers in one sample's output of each layer, ``[N]``; 1 for a scalar or an unstated shape."""
+        return self._spec(3)
 
-    @cached_property
+    @property
     def in_width(self) -> Array:
         """Channels or features of each layer's input, ``[N]``."""
-        return np.array([_width(x.input_shape, x.type) for x in self.state.graph.layers], dtype=np.float64)
+        return self._spec(4)
 
-    @cached_property
+    @property
     def out_width(self) -> Array:
         """Channels or features of each layer's output, ``[N]``."""
-        return np.array([_width(x.output_shape, x.type) for x in self.state.graph.layers], dtype=np.float64)
+        return self._spec(5)
+
+    @property
+    def spatial_in(self) -> Array:
+        """1 where a layer's input has more than one dimension, ``[N]``."""
+        return (self._spec(6) > 1).astype(np.float64)
+
+    @property
+    def spatial_out(self) -> Array:
+        """1 where a layer's output has more than one dimension, ``[N]``."""
+        return (self._spec(7) > 1).astype(np.float64)
+
+    @property
+    def activated(self) -> Array:
+        """1 where a non-linearity follows a layer, 0 where none does, NaN where that is not known, ``[N]``."""
+        return self._spec(8)
 
     @cached_property
     def live_seeds(self) -> list[health_pb2.SeedSignal]:
@@ -97,9 +138,3 @@ class StateView:
     def count_at_targets(self, at_places: Array) -> Array:
         """A count per place summed over the places that lead into each layer, ``[N]``."""
         return np.bincount(self.place_target, weights=at_places, minlength=self.topology.size).astype(np.float64)
-
-
-def _width(shape: Sequence[int], layer_type: int) -> int:
-    if not shape:
-        return 1
-    return max(1, shape[0] if layer_type in CHANNELS_FIRST else shape[-1])

@@ -1,0 +1,1 @@
+"""Measurements of latency, each beside a floor measured in the same run."""
