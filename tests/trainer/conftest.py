@@ -8,9 +8,11 @@ healthy host gains nothing from anything. Behaviour is random and says with whic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -138,13 +140,13 @@ def make_episode(
             decision.target.source_layer = f"layers.{places[place][0]}"
             decision.target.target_layer = f"layers.{places[place][1]}"
             decision.disposition = decision_pb2.DISPOSITION_SENT
-            parts = (adapt, 1 / len(places), 1 / len(BLUEPRINTS))
+            parts = [adapt, 1 / len(places), 1 / len(BLUEPRINTS)]
             decision.propensity.place_log_probability = math.log(parts[1])
             decision.propensity.blueprint_log_probability = math.log(parts[2])
         else:
             decision.action.none.SetInParent()
             decision.disposition = decision_pb2.DISPOSITION_NONE
-            parts = (1 - adapt if planted is None else 1.0,)
+            parts = [1 - adapt if planted is None else 1.0]
         decision.propensity.adapt_log_probability = math.log(parts[0])
         decision.propensity.joint_log_probability = sum(map(math.log, parts))
         gain = host.worth(planted[0], planted[1]) / planted[2] if planted else 0.0
@@ -216,6 +218,12 @@ def _event(event_id: str, run_id: str, **payload: object) -> event_pb2.Event:
 
 
 @pytest.fixture(scope="session")
+def synthetic() -> ModuleType:
+    """This module: the generator of hosts, states, episodes and recordings."""
+    return sys.modules[__name__]
+
+
+@pytest.fixture(scope="session")
 def world() -> World:
     """Sixty hosts, eight episodes each: 1,440 experiences."""
     return make_world(60, 8, seed=1)
@@ -227,7 +235,7 @@ def small_world() -> World:
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Iterator[Callable[[World], Path]]:
+def record(tmp_path: Path) -> Callable[[World], Path]:
     """Writes a world into a recording of its own."""
     count = iter(range(100))
 

@@ -60,7 +60,8 @@ class AdvantageWeightedConfig:
         temperature: in standard deviations of the advantage; smaller trusts the best that was tried more.
         weight_clip: largest exp(A / t) outside a ranking, and largest weight.
         importance_clip: largest correction 1 / mu and largest ratio rho, relative to their means over the batch.
-        graft_coefficient: weight of the graft's loss beside the ranking.
+        graft_coefficient: weight of the graft's loss beside the ranking. It is what teaches where to grow on hosts that
+            grew before, which have no one to compare with; too much of it learns by heart what was tried.
         value_coefficient: weight of the critic's loss.
         entropy_coefficient: weight of the entropy bonus, per nat.
         huber_delta: deviation, in units of the reward, from which the critic's loss is linear.
@@ -76,7 +77,7 @@ class AdvantageWeightedConfig:
     temperature: float = 0.5
     weight_clip: float = 20.0
     importance_clip: float = 10.0
-    graft_coefficient: float = 0.3
+    graft_coefficient: float = 0.05
     value_coefficient: float = 0.5
     entropy_coefficient: float = 0.003
     huber_delta: float = 0.2

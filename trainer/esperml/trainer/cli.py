@@ -78,6 +78,7 @@ trainer.add_command(collect)
 @click.pass_context
 def train(
     context: click.Context,
+    /,
     recordings: tuple[Path, ...],
     out: Path,
     epochs: float | None,
@@ -161,8 +162,8 @@ def evaluate(checkpoint: Path, recordings: tuple[Path, ...], device: str, cluste
     """Judge the policy in CHECKPOINT on RECORDINGS.
 
     Says how often its adaptation head agrees with what proved right, how far its value head is off, how well it ranks
-    the grafts that were tried, and what its decisions would have been worth, beside what those taken were worth. Figures
-    on runs that it was trained on flatter it.
+    the grafts that were tried, and what its decisions would have been worth, beside what those taken were worth.
+    Figures on runs that it was trained on flatter it.
 
     \b
     Example:
@@ -181,14 +182,14 @@ def evaluate(checkpoint: Path, recordings: tuple[Path, ...], device: str, cluste
     try:
         network = checkpoints.load(checkpoint).network
         dataset = _load(recordings, cluster_label)
-        if not dataset.transitions:
-            raise DatasetError("there is nothing to judge by: no experience has a reward from a paired branch")
-        with ReplayBuffer(len(dataset.transitions), network.config.vocabulary) as replay:
+        with ReplayBuffer(max(1, len(dataset.transitions)), network.config.vocabulary) as replay:
             replay.add(dataset.transitions)
             target = _device(device)
             metrics = judge(network.to(target), replay.steps(), gamma=1.0, device=target)
     except (CheckpointError, DatasetError, ReplayError) as error:
         raise click.ClickException(str(error)) from error
+    if not len(dataset.transitions):
+        raise click.ClickException("there is nothing to judge by: no experience has a reward from a paired branch")
     if as_json:
         click.echo(json.dumps(metrics, indent=2))
     else:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,8 @@ def load(folder: Path) -> TrainingState:
         tensors = load_file(folder / _TENSORS)
         if facts.pop("format") != FORMAT:
             raise SnapshotError(f"{folder}: the training state is of another format than {FORMAT}")
+        if odd := {field.name for field in fields(TrainingState)} ^ {*facts, _RANDOM, _RETURNS, _OPTIMIZER}:
+            raise SnapshotError(f"{folder}: the training state cannot be read: {', '.join(sorted(odd))} do not fit")
         return TrainingState(
             **facts,
             random=tensors.pop(_RANDOM),
