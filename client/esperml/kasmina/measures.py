@@ -1,110 +1,112 @@
-"""Formulas of the measures, on plain tensors. No hooks, no host.
+"""Formulas of the measures. No hooks, no host.
 
-Most take Gram matrices: with n sampled rows, X (n, F) the input, Y (n, G) the output and D (n, G) the gradient of the
-loss by the output, ``gram(X)`` = X Xᵀ (n, n) holds all that they need, whatever the widths, so that layers of any
-shape are measured in one batched call. ``...`` stands for any leading dimensions.
+Functions of tensors leave their result on the device; functions of floats finish it once it has been moved. With n
+sampled rows, X (n, F) is what a layer reads, Y (n, G) its output, and D (n, G) the gradient of the loss by the output.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
 RIDGE: Final = 0.1
-"""Penalty of least squares on rows whose mean squared norm is 1."""
+"""Penalty λ of least squares on rows whose mean squared norm is 1."""
+
+VANISHING: Final = 1e-7
+"""Gradient entries below this have vanished."""
+
+EXPLODING: Final = 1e1
+"""Gradient entries above this, or not finite, have exploded."""
+
+_CONSTANT: Final = 1e-24
 
 
-def gram(rows: Tensor) -> Tensor:
-    """Inner products of rows. Shapes: (..., n, F) to (..., n, n)."""
-    return rows @ rows.mT
+def silent_units(output: Tensor) -> Tensor:
+    """Number of units that are at or below zero in every row. Shapes: (n, G) to ()."""
+    return (output.amax(0) <= 0).count_nonzero()
 
 
-def centred(grams: Tensor) -> Tensor:
-    """The Gram matrix of rows less their mean row. Shapes: (..., n, n) to the same."""
-    by_row = grams.mean(-1, keepdim=True)
-    return grams - by_row - by_row.mT + by_row.mean(-2, keepdim=True)
+def squared_singular_values(output: Tensor) -> Tensor:
+    """Squared singular values of the output less its mean row. Shapes: (n, G) to (min(n, G),)."""
+    centred = output - output.mean(0)
+    gram = centred @ centred.mT if centred.shape[0] <= centred.shape[1] else centred.mT @ centred
+    eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
+    return eigenvalues
 
 
-def effective_rank(output_grams: Tensor) -> Tensor:
-    """exp(−Σ pᵢ ln pᵢ) with pᵢ the singular values of the centred output over their sum (Roy & Vetterli 2007).
+def effective_rank(squared_values: Sequence[float]) -> float | None:
+    """exp(−Σ pᵢ ln pᵢ) with pᵢ the singular values over their sum (Roy & Vetterli 2007).
 
-    Shapes: (..., n, n) to (...). NaN for a constant output.
+    Between 1 and the number of values; ``None`` where all are zero or one is not finite.
     """
-    singular = torch.linalg.eigvalsh(centred(output_grams)).clamp(min=0).sqrt()
-    share = singular / singular.sum(-1, keepdim=True)
-    entropy: Tensor = torch.special.entr(share).sum(-1)
-    return entropy.exp()
+    values = [math.sqrt(max(value, 0.0)) for value in squared_values]
+    total = sum(values)
+    if not math.isfinite(total) or total <= 0:
+        return None
+    return math.exp(-sum(value / total * math.log(value / total) for value in values if value > 0))
 
 
-def input_gram(rows: Tensor, *, bias: bool) -> Tensor:
-    """Gram matrix of rows scaled to a mean squared norm of 1, with a feature that is always 1 where there is a bias.
+def normalised_gram(rows: Tensor) -> Tensor:
+    """Inner products of rows that are scaled to a mean squared norm of 1.
 
-    Shapes: (..., n, F) to (..., n, n). NaN where every row is zero.
+    Shapes: (n, F) to (n, n). NaN where every row is zero.
     """
-    grams = gram(rows)
-    mean = grams.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return grams / mean + float(bias)
+    gram = rows @ rows.mT
+    return gram / gram.diagonal().mean()
 
 
-def unexplained(input_grams: Tensor, gradient_grams: Tensor) -> Tensor:
+def residual(gram: Tensor, gradient: Tensor, *, bias: bool) -> Tensor:
+    """What a linear function of the rows behind ``gram`` leaves of the asked step, divided by λ.
+
+    With K = ``gram`` (plus 1 for a bias) the residual of the ridge fit of D is λ (K + λI)⁻¹ D, λ = :data:`RIDGE`.
+    Adding the Gram matrix of further features to K never makes it larger.
+
+    Shapes: gram (n, n), gradient (n, G) to (n, G).
+    """
+    factor, _ = torch.linalg.cholesky_ex(gram + _penalty(gram.shape[0], bias, gram.device))
+    return torch.cholesky_solve(gradient, factor)
+
+
+@lru_cache(maxsize=256)
+def _penalty(rows: int, bias: bool, device: torch.device) -> Tensor:
+    return RIDGE * torch.eye(rows, device=device) + float(bias)
+
+
+def unexplained(residual_norm: float, gradient_norm: float) -> float | None:
     """Share of the asked step −D that a linear function of the input cannot express, 0 to 1.
 
     This is the expressivity bottleneck of Verbockhaven et al. 2024 ("Growing Tiny Networks"): ‖D − D̂‖² / ‖D‖², with D̂
-    the least-squares fit of D by what the layer reads. The fit is a ridge with λ = :data:`RIDGE`: with fewer rows than
-    features a plain fit would explain anything, and every layer would look the same. With Q = (K + λI)⁻¹ the residual
-    is λ Q D. Adding the Gram matrix of further features to K never makes it larger.
+    the least-squares fit of D by what the layer reads. The fit is a ridge: with fewer rows than features a plain fit
+    would explain anything, and every layer would look the same.
 
-    Shapes: input grams as of :func:`input_gram` and gradient grams (..., n, n) to (...). NaN where D is zero.
+    Args:
+        residual_norm: norm of :func:`residual`.
+        gradient_norm: norm of D.
     """
-    identity = torch.eye(input_grams.shape[-1], dtype=input_grams.dtype, device=input_grams.device)
-    factor, _ = torch.linalg.cholesky_ex(input_grams + RIDGE * identity)
-    inverse = torch.cholesky_inverse(factor)
-    residual = RIDGE**2 * (inverse * (inverse @ gradient_grams)).sum((-2, -1))
-    return (residual / gradient_grams.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(0, 1)
-
-
-def growth_gradient(input_grams: Tensor, gradient_grams: Tensor, entries: Tensor) -> Tensor:
-    """‖Dᵀ X‖ / √entries: root mean square of the gradient of a linear graft from X that starts at zero.
-
-    The squared norm is Σᵢⱼ (X Xᵀ)ᵢⱼ (D Dᵀ)ᵢⱼ. GradMax (Evci et al. 2022) chooses by it where to grow.
-
-    Shapes: grams (..., n, n) and entries (...) to (...).
-    """
-    return ((input_grams * gradient_grams).sum((-2, -1)).clamp(min=0) / entries).sqrt()
-
-
-def dead_fraction(output: Tensor) -> Tensor:
-    """Share of units at or below zero in every row. Shapes: (n, G) to ()."""
-    return (output.amax(0) <= 0).float().mean()
+    if not math.isfinite(residual_norm) or not math.isfinite(gradient_norm) or gradient_norm <= 0:
+        return None
+    return min((RIDGE * residual_norm / gradient_norm) ** 2, 1.0)
 
 
 def autocorrelation(signals: Tensor) -> Tensor:
     """Mean Pearson correlation, over the rows, of neighbours along the last dimension.
 
-    Neighbours of which one is constant have no correlation and are left out. Shapes: (n, ..., W) to (); NaN where no
-    pair is left.
+    Neighbours of which one is constant have no correlation and are left out. Shapes: (n, ..., W) to (2,): the sum over
+    pairs of neighbours, and the number of pairs.
     """
     deviation = signals - signals.mean(0)
-    norm = deviation.square().sum(0).sqrt()
-    product = (deviation[..., 1:] * deviation[..., :-1]).sum(0)
+    norm = (deviation * deviation).sum(0).sqrt()
     scale = norm[..., 1:] * norm[..., :-1]
-    varied = scale > 0
-    correlation = torch.where(varied, product / scale, 0)
-    return (correlation.sum() / varied.sum()).clamp(-1, 1)
+    product = (deviation[..., 1:] * deviation[..., :-1]).sum(0)
+    return torch.stack(((product / scale.clamp(min=_CONSTANT)).sum(), (scale > _CONSTANT).sum()))
 
 
-def gradient_statistics(gradient: Tensor, *, vanishing: float = 1e-7, exploding: float = 1e1) -> Tensor:
-    """Norm, share of entries below ``vanishing``, share above ``exploding`` or not finite.
-
-    Shapes: (entries,) to (3,).
-    """
+def extreme_entries(gradient: Tensor) -> Tensor:
+    """How many entries of a gradient have vanished, and how many have not exploded. Shapes: (entries,) to (2,)."""
     size = gradient.abs()
-    return torch.stack(
-        (
-            torch.linalg.vector_norm(gradient),
-            (size < vanishing).sum() / gradient.numel(),
-            1 - (size <= exploding).sum() / gradient.numel(),
-        )
-    )
+    return torch.stack(((size < VANISHING).count_nonzero(), (size <= EXPLODING).count_nonzero()))

@@ -22,7 +22,7 @@ from esperml.v1 import graph_pb2
 MAX_ROWS: Final = 128
 """Most rows for statistics of a layer's output."""
 
-MAX_GRAM_ROWS: Final = 32
+MAX_RELATED_ROWS: Final = 32
 """Most rows for measures that need linear algebra, which cost their third power. The least squares depend on how many
 there are, so that any batch of this size or more is measured alike."""
 
