@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -10,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
-from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -24,6 +24,8 @@ from esperml.trainer.arena.twins import Progress
 from esperml.v1 import decision_pb2, event_pb2, health_pb2
 
 _DECISIONS_SHOWN: Final = 8
+_HISTORY: Final = 24
+_CHART_HEIGHT: Final = 9
 _REFRESHES_PER_S: Final = 4
 _Shown = Literal["effective_rank", "dead_fraction", "expressivity_bottleneck", "gradient_norm"]
 _SPARK: Final = "▁▂▃▄▅▆▇█"
@@ -50,7 +52,7 @@ class Lines:
 
     def say(self, text: str) -> None:
         """Print it."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def progress(self, host: str, role: Role, moment: Progress) -> None:
         """Print nothing: the curves are in the report."""
@@ -59,21 +61,45 @@ class Lines:
         """Print decisions to do something, and what became of them."""
         match event.WhichOneof("payload"):
             case "decision" if event.decision.action.WhichOneof("kind") not in (None, "none"):
-                line = f"  step {event.decision.step}: {style.action_in_words(event.decision)}: {event.decision.reason}"
+                line = f"step {event.decision.step}: {style.action_in_words(event.decision)}: {event.decision.reason}"
             case "applied":
                 status = "applied" if _done(event.applied) else f"refused: {event.applied.reason}"
-                line = f"  step {event.applied.step}: {status}"
+                line = f"step {event.applied.step}: {status}"
             case _:
                 return
-        self._console.print(f"{host}, {TITLES[role]}:{line}", highlight=False, markup=False)
+        self._console.print(f"  {host}, {TITLES[role]}, {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(slots=True)
 class _HostView:
     curves: dict[Role, list[tuple[float, float]]] = field(default_factory=lambda: {role: [] for role in ROLES})
-    telemetry: health_pb2.HealthReport | None = None
-    telemetry_role: Role = "static"
+    report: health_pb2.HealthReport = field(default_factory=health_pb2.HealthReport)
+    role: Role = "static"
+    layers: dict[str, health_pb2.EnhancedHealthSignal] = field(default_factory=dict)
     histories: dict[str, deque[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Curves:
+    """The curves of a host, as wide as there is room."""
+
+    curves: dict[Role, list[tuple[float, float]]]
+    steps: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        losses = sorted(loss for points in self.curves.values() for _, loss in points if math.isfinite(loss))
+        if not losses:
+            yield Text("waiting for the first report", style="dim")
+            return
+        # The first reports are far above what matters.
+        high = losses[int(0.95 * (len(losses) - 1))]
+        yield chart(
+            [(style.TERMINAL[role], self.curves[role]) for role in ROLES],
+            width=options.max_width,
+            height=_CHART_HEIGHT,
+            x_range=(0, self.steps),
+            y_range=(losses[0], high),
+        )
 
 
 class Board:
@@ -125,32 +151,31 @@ class Board:
             headline = Text.assemble(
                 ("esper demo  ", "bold"), f"{time.monotonic() - self._began:4.0f} s   ", (self._message, "cyan")
             )
-            curves = Columns([self._curves(host, view) for host, view in self._views.items()], equal=True, expand=True)
+            curves = Table.grid(expand=True)
+            for _ in self._views:
+                curves.add_column(ratio=1)
+            curves.add_row(*(self._curves(host, view) for host, view in self._views.items()))
             return Group(headline, curves, self._telemetry(self._views[self._shown]), self._decision_list())
 
     def _take_report(self, view: _HostView, role: Role, report: health_pb2.HealthReport) -> None:
-        if view.telemetry is not None and role != view.telemetry_role:
+        if role != view.role:
             view.histories.clear()
-        view.telemetry, view.telemetry_role = report, role
+            view.layers.clear()
+        view.report, view.role = report, role
         for signal in report.layers:
+            # Not every layer is sampled each time: what was measured before stays until it is measured again.
+            view.layers.setdefault(signal.layer, health_pb2.EnhancedHealthSignal()).MergeFrom(signal)
             if signal.HasField("gradient_norm"):
-                view.histories.setdefault(signal.layer, deque(maxlen=24)).append(signal.gradient_norm)
+                view.histories.setdefault(signal.layer, deque(maxlen=_HISTORY)).append(signal.gradient_norm)
 
     def _curves(self, host: str, view: _HostView) -> Panel:
-        losses = [loss for points in view.curves.values() for _, loss in points]
-        text = Text("waiting for the first report", style="dim")
-        if losses:
-            low, high = min(losses), sorted(losses)[int(0.97 * (len(losses) - 1))]
-            text = chart(
-                [(style.TWINS[role], view.curves[role]) for role in ROLES],
-                width=44, height=8, x_range=(0, self._steps), y_range=(low, max(high, low + 1e-6)),
-            )  # fmt: skip
         legend = Text()
         for role in ROLES:
             points = view.curves[role]
-            legend.append(f"● {TITLES[role]} ", style=style.TWINS[role])
-            legend.append(f"{points[-1][1]:.3f}   " if points else "–   ")
-        return Panel(Group(text, legend), title=f"{host}: held-out loss", title_align="left", border_style="dim")
+            legend.append(f"● {TITLES[role]} ", style=style.TERMINAL[role])
+            legend.append(f"{points[-1][1]:.3f}  " if points else "–  ")
+        drawing = _Curves(view.curves, self._steps)
+        return Panel(Group(drawing, legend), title=f"{host}: held-out loss", title_align="left", border_style="dim")
 
     def _telemetry(self, view: _HostView) -> Panel:
         table = Table(box=None, padding=(0, 2), expand=True)
@@ -158,8 +183,7 @@ class Board:
         for heading in ("rank", "dead", "bottleneck", "gradient"):
             table.add_column(heading, justify="right")
         table.add_column("", ratio=1)
-        report = view.telemetry
-        for signal in report.layers if report else ():
+        for signal in view.layers.values():
             table.add_row(
                 signal.layer,
                 _shown(signal, "effective_rank"),
@@ -168,16 +192,18 @@ class Board:
                 _shown(signal, "gradient_norm"),
                 Text(_spark(view.histories.get(signal.layer, ())), style="cyan"),
             )
+        if not view.layers:
+            table.add_row(Text("none yet", style="dim"))
         title = "telemetry"
-        if report is not None:
-            title += f" · {TITLES[view.telemetry_role]}, step {report.step}, {len(report.seeds)} seeds"
+        if view.layers:
+            title += f" · {TITLES[view.role]}, step {view.report.step}, seeds: {len(view.report.seeds)}"
         return Panel(table, title=title, title_align="left", border_style="dim")
 
     def _decision_list(self) -> Panel:
-        lines = Text()
+        lines = Text(no_wrap=True, overflow="ellipsis")
         for host, role, decision in self._decisions:
             lines.append(f"{host} {decision.step:>5}  ", style="dim")
-            lines.append(style.action_in_words(decision), style=f"bold {style.TWINS[role]}")
+            lines.append(style.action_in_words(decision), style=f"bold {style.TERMINAL[role]}")
             fate = style.fate_in_words(decision, self._fates.get(decision.decision_id))
             lines.append(f"  {fate}\n", style="dim")
         return Panel(lines or Text("none yet", style="dim"), title="decisions", title_align="left", border_style="dim")

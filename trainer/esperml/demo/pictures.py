@@ -21,6 +21,7 @@ from esperml.demo.style import INK, MUTED, RULE
 from esperml.v1 import decision_pb2, graph_pb2, health_pb2
 
 _HEALTH_COLOURS: Final = LinearSegmentedColormap.from_list("health", style.HEALTH)
+_START_LEFT_OUT: Final = 0.1
 _UNKNOWN_HEALTH: Final = "#eef1f4"
 # What matplotlib would add: a date, which makes files differ, and addresses outside.
 _NO_METADATA: Final = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -134,14 +135,18 @@ def seed_timeline(host: HostStory) -> str:
 
 
 def _loss_range(host: HostStory) -> tuple[float, float]:
-    losses = [moment.validation_loss for twin in host.twins.values() for moment in twin.curve]
-    finite = sorted(loss for loss in losses if math.isfinite(loss))
-    if not finite:
+    """What the picture shows: all losses but those of the first steps, which are far above what matters."""
+    last = max((moment.step for twin in host.twins.values() for moment in twin.curve), default=0)
+    losses = [
+        moment.validation_loss
+        for twin in host.twins.values()
+        for moment in twin.curve
+        if moment.step >= _START_LEFT_OUT * last and math.isfinite(moment.validation_loss)
+    ]
+    if not losses:
         return 0.0, 1.0
-    # The first reports are far above what matters: leave the top 3 % out of the frame.
-    top = finite[min(len(finite) - 1, int(0.97 * len(finite)))]
-    room = max(0.08 * (top - finite[0]), 0.01)
-    return max(0.0, finite[0] - room), top + room
+    room = max(0.08 * (max(losses) - min(losses)), 0.01)
+    return max(0.0, min(losses) - room), max(losses) + room
 
 
 def _mark_actions(axes: Axes, run: RunStory, steps: Sequence[int], losses: Sequence[float], colour: str) -> None:

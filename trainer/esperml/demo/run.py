@@ -20,10 +20,13 @@ from esperml.trainer.arena.hosts import DEMO_HOSTS, HostSpec
 from esperml.trainer.arena.twins import Plan, Progress, train_twin
 from esperml.v1 import event_pb2
 
-PLAN: Final = Plan()
+PLAN: Final = Plan().stretched(2)
+"""Slower than what experience was collected at: with longer intervals telemetry costs less of the time."""
+
 QUICK_PLAN: Final = Plan(
     steps=200, report_every=20, warmup_steps=40, decision_interval_steps=40, last_germination_step=140
 )
+_POLICIES: Final[dict[Role, str]] = {"static": "nothing", "adapted": "", "random": "chance"}
 _SETTLE_TIMEOUT_S: Final = 20.0
 
 
@@ -138,7 +141,7 @@ def _train_role(
         server.address,
         run=run_ids[role],
         mode="observe" if role == "static" else "act",
-        policy="chance" if role == "random" else "",
+        policy=_POLICIES[role],
         paired_run="" if role == "static" else run_ids["static"],
         labels={"demo": host.name, "twin": role},
         on_progress=on_progress,

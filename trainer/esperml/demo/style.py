@@ -14,6 +14,9 @@ RULE: Final = "#dde2e8"
 TWINS: Final[dict[Role, str]] = {"static": "#8592a0", "adapted": "#0b7a75", "random": "#d9822b"}
 """A colour for each twin; they differ in lightness too, for those who see few colours."""
 
+TERMINAL: Final[dict[Role, str]] = {"static": "#9aa7b4", "adapted": "#2dd4bf", "random": "#f5a623"}
+"""The same on a terminal, which is dark more often than not."""
+
 HEALTH: Final = ("#b83a2e", "#e8a15c", "#f3e3b3", "#8cc0b0", "#1f7a72")
 """From sick (0) to healthy (1)."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -71,12 +72,18 @@ def _twin(twin: TwinResult) -> dict[str, float | int]:
 
 def table(story: DemoStory) -> Table:
     """The figures of the first repeat as a table for a terminal."""
-    result = Table(title="Three twins of each host, from the same weights and data order", title_justify="left")
-    result.add_column("host")
-    result.add_column("twin")
-    for heading in ("val. loss", "val. acc.", "test loss", "test acc.", "parameters", "sent", "applied", "refused"):
-        result.add_column(heading, justify="right")
-    result.add_column("overhead", justify="right")
+    result = Table(
+        box=SIMPLE,
+        padding=(0, 1),
+        title="Three twins of each host, from the same weights and data order",
+        caption="Loss (nats) and accuracy; decisions sent/applied/refused; overhead: Esper's share of the time.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    result.add_column("host", no_wrap=True)
+    result.add_column("twin", no_wrap=True)
+    for heading in ("validation", "test", "params", "decisions", "overhead"):
+        result.add_column(heading, justify="right", no_wrap=True)
     for host in story.hosts:
         best = min(host.twins, key=lambda role: host.twins[role].test.loss)
         for role in ROLES:
@@ -90,12 +97,10 @@ def _row(host: HostStory, role: Role, *, best: bool) -> list[Text]:
     cells = [
         host.name if role == ROLES[0] else "",
         TITLES[role],
-        f"{twin.validation.loss:.3f}",
-        f"{twin.validation.accuracy:.1%}",
-        f"{twin.test.loss:.3f}",
-        f"{twin.test.accuracy:.1%}",
+        f"{twin.validation.loss:.3f}  {twin.validation.accuracy:.0%}",
+        f"{twin.test.loss:.3f}  {twin.test.accuracy:.0%}",
         f"{twin.parameters:,}",
-        *("" if role == "static" else str(counts[kind]) for kind in ("sent", "applied", "refused")),
+        "" if role == "static" else f"{counts['sent']}/{counts['applied']}/{counts['refused']}",
         "unknown" if overhead is None else f"{overhead:.1%}",
     ]
     return [Text(cell, style="bold green" if best and index > 0 else "") for index, cell in enumerate(cells)]

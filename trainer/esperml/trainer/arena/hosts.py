@@ -187,8 +187,8 @@ def _convolution(spec: HostSpec, task: Task) -> nn.Sequential:
 
 
 DEMO_HOSTS: Final[dict[str, HostSpec]] = {
-    "digits": HostSpec("digits", (32, 32, 4)),
-    "mnist1d": HostSpec("mnist1d", (64, 6, 64)),
+    "digits": HostSpec("digits", (32, 32, 3), learning_rate=5e-4),
+    "mnist1d": HostSpec("mnist1d", (64, 6, 64), learning_rate=1e-3),
 }
 """The two hosts of the demo. :func:`sample_hosts` never draws them, so that they are unseen by what is learned."""
 

@@ -47,7 +47,7 @@ class Plan:
     decision_interval_steps: int = 100
     blend_steps: int = 50
     hold_steps: int = 50
-    last_germination_step: int = 650
+    last_germination_step: int = 675
     graft_parameter_budget: int = 800
     parameter_budget: int = 1600
     max_live_seeds: int = 1
