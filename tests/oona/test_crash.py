@@ -50,6 +50,11 @@ def process(tmp_path):
     process.kill()
 
 
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        pass
+
+
 @pytest.mark.slow
 async def test_a_server_killed_under_load_has_every_confirmed_event_once_and_in_order(process, make_event):
     target = f"127.0.0.1:{process.port}"
@@ -117,8 +122,7 @@ async def test_nothing_is_confirmed_before_the_sync_has_returned(gated_process, 
         gate.touch()
         publish = oona_pb2.Publish(kind=event_pb2.KIND_EVENTS, first_sequence=1, events=[make_event()])
         request_id = await stream.send(publish=publish)
-        while not held.exists():
-            await asyncio.sleep(0)
+        await asyncio.to_thread(wait_for, held)
         # The event is written and its sync is held up. What needs no sync is still answered, before the confirmation.
         for subscription_id in (1, 2, 3):
             subscribe = oona_pb2.Subscribe(subscription_id=subscription_id, kind=event_pb2.KIND_EVENTS, start=EARLIEST)

@@ -152,4 +152,4 @@ async def test_a_closed_log_refuses(open_log, events):
 
 
 async def test_durability_is_declared(log):
-    assert log.durability in {"fsync"}
+    assert log.durability == "fsync"

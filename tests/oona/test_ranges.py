@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def test_it_holds_what_was_added_and_nothing_else(pairs):
 def test_its_ranges_ascend_and_do_not_touch(pairs):
     held = list(RangeSet(pairs))
     assert all(first <= last for first, last in held)
-    assert all(before[1] + 1 < after[0] for before, after in zip(held, held[1:], strict=False))
+    assert all(before[1] + 1 < after[0] for before, after in pairwise(held))
     assert len(RangeSet(pairs)) == len(held)
 
 

@@ -398,6 +398,8 @@ class OonaClient:
         answers, self._answers = self._answers, {}
         for answer in answers.values():
             answer(None)
+        for subscription in self._subscriptions.values():
+            subscription.on_lost()
 
     def _fail(self, error: OonaError) -> None:
         """End everything with an error. The first one stays."""

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Final, Self
 
 import zstandard
 from google.protobuf.message import DecodeError
-from mcap.exceptions import EndOfFile, InvalidMagic, McapError, RecordLengthLimitExceeded
+from mcap.exceptions import EndOfFile, InvalidMagic, RecordLengthLimitExceeded, UnsupportedCompressionError
 from mcap.records import Channel, Message, Schema
 from mcap.stream_reader import CRCValidationError, StreamReader
 from mcap.well_known import MessageEncoding, SchemaEncoding
@@ -36,7 +36,20 @@ if TYPE_CHECKING:
 TOPIC_PREFIX: Final = "/esperml/"
 # Small chunks: what a crash costs is the chunk that was being filled.
 _CHUNK_BYTES: Final = 256 * 2**10
-_CUT_OFF: Final = (EndOfFile, RecordLengthLimitExceeded, CRCValidationError, zstandard.ZstdError, struct.error)
+# What the MCAP reader raises where a file breaks off or holds garbage: in texts, in lengths (which it then tries to
+# allocate), in the numbers of channels, in compressed data.
+_CUT_OFF: Final = (
+    EndOfFile,
+    RecordLengthLimitExceeded,
+    UnsupportedCompressionError,
+    CRCValidationError,
+    zstandard.ZstdError,
+    struct.error,
+    UnicodeDecodeError,
+    OverflowError,
+    MemoryError,
+    KeyError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +179,6 @@ def read(path: Path | str) -> Iterator[Recorded]:
             raise NotARecordingError(path, f"event {whole} cannot be decoded") from error
         except _CUT_OFF as error:
             raise TruncatedRecordingError(path, whole) from error
-        except McapError as error:
-            raise NotARecordingError(path, str(error)) from error
 
 
 def describe(path: Path | str) -> RecordingInfo:

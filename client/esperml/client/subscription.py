@@ -185,11 +185,6 @@ class Subscription:
 
     def requests(self) -> list[oona_pb2.StreamRequest]:
         """What a new stream must be sent so that the subscription goes on where it was."""
-        if self._request.group:
-            # The server hands these out anew: to keep them would be to work on them twice.
-            self._buffer.clear()
-            self._buffered_bytes = 0
-            self._held.clear()
         messages, size = self._flow.open(len(self._buffer), self._buffered_bytes)
         subscribe = oona_pb2.StreamRequest(subscribe=self._request)
         if not messages or not size:
@@ -210,6 +205,13 @@ class Subscription:
         self._goes_on_at(answer.subscribed.start_offset)
         self._taken = True
         self._stands.set()
+
+    def on_lost(self) -> None:
+        """The stream is gone. What a group's member has not taken yet comes again, in order, so it is dropped here."""
+        self._held.clear()
+        if self._request.group:
+            self._buffer.clear()
+            self._buffered_bytes = 0
 
     def on_delivery(self, records: Iterable[event_pb2.Record]) -> None:
         """Records came."""

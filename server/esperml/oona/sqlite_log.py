@@ -96,7 +96,8 @@ class _Transaction:
         if count:
             batch = event_pb2.EventBatch(events=events[duplicates:]).SerializeToString()
             self.connection.execute(
-                "INSERT INTO frames (kind, first_offset, count, append_time_ns, crc32, batch) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO frames (kind, first_offset, count, append_time_ns, crc32, batch) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
                 (kind, bounds.next, count, self.append_time_ns, zlib.crc32(batch), batch),
             )
             self.sequences[client_id] = last + count

@@ -17,7 +17,8 @@ _VERSION: Final = 1
 _FULL_CHECK_BYTES: Final = 256 * 2**20
 
 _SCHEMA: Final = (
-    # One row a published frame; crc32 is that of the batch, which SQLite itself does not check. The index answers by offset and, without touching the batches, by time.
+    # One row a published frame; crc32 is that of the batch, which SQLite itself does not check.
+    # The index answers by offset and, without touching the batches, by time.
     "CREATE TABLE frames (kind INTEGER NOT NULL, first_offset INTEGER NOT NULL, count INTEGER NOT NULL, "
     "append_time_ns INTEGER NOT NULL, crc32 INTEGER NOT NULL, batch BLOB NOT NULL) STRICT",
     "CREATE UNIQUE INDEX frames_by_offset ON frames (kind, first_offset, append_time_ns)",
