@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from esperml.contract import InvalidFieldError
 from esperml.tamiyo.features import GraphTensors, extract
-from esperml.trainer.transitions import Choice, Transition, choice_of
+from esperml.trainer.transitions import Choice, Transition, check_experience, choice_of
 from esperml.v1 import experience_pb2
 
 _SCHEMA = """
@@ -161,15 +161,10 @@ class ReplayBuffer:
                 f"episode {experience.episode_id!r}, index {experience.index}: blueprint {item.choice.blueprint!r} is "
                 f"not in the vocabulary ({', '.join(self.vocabulary)})"
             )
-        try:
-            features = extract(experience.state, self.vocabulary)
-            follows = experience.done or experience.index + 1 in positions
-            next_features = None if follows else extract(experience.next_state, self.vocabulary)
-        except InvalidFieldError as error:
-            raise ReplayError(f"episode {experience.episode_id!r}, index {experience.index}: {error}") from error
+        follows = experience.done or experience.index + 1 in positions
         return Step(
-            features=features,
-            next_features=next_features,
+            features=extract(experience.state, self.vocabulary),
+            next_features=None if follows else extract(experience.next_state, self.vocabulary),
             choice=item.choice,
             blueprint=None if item.choice.place is None else self.vocabulary.index(item.choice.blueprint),
             may_adapt=experience.state.mask.may_adapt,
@@ -233,6 +228,7 @@ class ReplayBuffer:
             for cluster, host, blob in cursor:
                 try:
                     experience = experience_pb2.TrainingExperience.FromString(blob)
+                    check_experience(experience)
                     choice = choice_of(experience)
                 except (DecodeError, InvalidFieldError) as error:
                     raise ReplayError(f"the replay buffer is damaged: {error}") from error

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from esperml.contract import InvalidFieldError
-from esperml.v1 import decision_pb2, experience_pb2, graph_pb2, run_pb2
+from esperml.tamiyo.validate import check_state
+from esperml.v1 import decision_pb2, experience_pb2, run_pb2
 
 SCHEMA_VERSION = 1
 """The version of ``TrainingExperience`` that this trainer reads."""
@@ -111,7 +112,12 @@ def check_experience(experience: experience_pb2.TrainingExperience) -> None:
         )
     if not experience.episode_id:
         raise InvalidFieldError("experience.episode_id", "is required")
-    _check_state(experience.state, "experience.state")
+    check_state(experience.state, "experience.state")
+    mask = experience.state.mask
+    if not experience.state.HasField("mask"):
+        raise InvalidFieldError("experience.state.mask", "is required: a policy is judged against what it could do")
+    if mask.may_adapt and not any(mask.blueprints):
+        raise InvalidFieldError("experience.state.mask.may_adapt", "is true, but no blueprint is allowed at any place")
     if experience.decision.run_id != experience.state.run_id:
         raise InvalidFieldError(
             "experience.decision.run_id",
@@ -122,36 +128,7 @@ def check_experience(experience: experience_pb2.TrainingExperience) -> None:
     if not experience.done:
         if not experience.HasField("next_state"):
             raise InvalidFieldError("experience.next_state", "is required unless the episode is done")
-        _check_structure(experience.next_state, "experience.next_state")
-
-
-def _check_state(state: graph_pb2.ModelGraphState, field: str) -> None:
-    _check_structure(state, field)
-    if not state.HasField("mask"):
-        raise InvalidFieldError(f"{field}.mask", "is required: a policy is judged against what it could do")
-    if not state.mask.may_adapt:
-        return
-    allowed, places = state.mask.blueprints, state.graph.places
-    if len(allowed) != len(places.targets):
-        raise InvalidFieldError(
-            f"{field}.mask.blueprints", f"has {len(allowed)} entries for {len(places.targets)} places"
-        )
-    for index, (mask, fits) in enumerate(zip(allowed, places.blueprints, strict=True)):
-        if mask & ~fits:
-            raise InvalidFieldError(f"{field}.mask.blueprints[{index}]", "allows a blueprint that does not fit there")
-    if not any(allowed):
-        raise InvalidFieldError(f"{field}.mask.may_adapt", "is true, but the mask allows no blueprint at any place")
-
-
-def _check_structure(state: graph_pb2.ModelGraphState, field: str) -> None:
-    layers, places = len(state.graph.layers), state.graph.places
-    if not layers:
-        raise InvalidFieldError(f"{field}.graph.layers", "is empty; a host has at least one layer")
-    if not len(places.sources) == len(places.targets) == len(places.blueprints):
-        raise InvalidFieldError(f"{field}.graph.places", "has lists of different length")
-    for name, ends in (("sources", places.sources), ("targets", places.targets)):
-        if ends and max(ends) >= layers:
-            raise InvalidFieldError(f"{field}.graph.places.{name}", f"names layer {max(ends)} of {layers}")
+        check_state(experience.next_state, "experience.next_state")
 
 
 def _check_reward(reward: experience_pb2.Reward) -> None:
