@@ -60,16 +60,17 @@ def normalised_gram(rows: Tensor) -> Tensor:
     return gram / gram.diagonal().mean()
 
 
-def residual(gram: Tensor, gradient: Tensor, *, bias: bool) -> Tensor:
-    """What a linear function of the rows behind ``gram`` leaves of the asked step, divided by λ.
+def whitened(gram: Tensor, gradient: Tensor, *, bias: bool) -> Tensor:
+    """L⁻¹ D, whose squared norm times λ is what a linear function of the rows behind ``gram`` leaves of D.
 
-    With K = ``gram`` (plus 1 for a bias) the residual of the ridge fit of D is λ (K + λI)⁻¹ D, λ = :data:`RIDGE`.
-    Adding the Gram matrix of further features to K never makes it larger.
+    With K = ``gram`` (plus 1 for a bias), L Lᵀ = K + λI and λ = :data:`RIDGE`. The ridge fit's least value, of
+    ‖D − X W‖² + λ‖W‖², is λ tr(Dᵀ (K + λI)⁻¹ D). Adding the Gram matrix of further features to K never makes it larger.
 
     Shapes: gram (n, n), gradient (n, G) to (n, G).
     """
     factor, _ = torch.linalg.cholesky_ex(gram + _penalty(gram.shape[0], bias, gram.device))
-    return torch.cholesky_solve(gradient, factor)
+    result: Tensor = torch.linalg.solve_triangular(factor, gradient, upper=False)
+    return result
 
 
 @lru_cache(maxsize=256)
@@ -77,20 +78,20 @@ def _penalty(rows: int, bias: bool, device: torch.device) -> Tensor:
     return RIDGE * torch.eye(rows, device=device) + float(bias)
 
 
-def unexplained(residual_norm: float, gradient_norm: float) -> float | None:
+def unexplained(whitened_norm: float, gradient_norm: float) -> float | None:
     """Share of the asked step −D that a linear function of the input cannot express, 0 to 1.
 
-    This is the expressivity bottleneck of Verbockhaven et al. 2024 ("Growing Tiny Networks"): ‖D − D̂‖² / ‖D‖², with D̂
-    the least-squares fit of D by what the layer reads. The fit is a ridge: with fewer rows than features a plain fit
-    would explain anything, and every layer would look the same.
+    This is the expressivity bottleneck of Verbockhaven et al. 2024 ("Growing Tiny Networks"), the least of
+    ‖D − X W‖² / ‖D‖², with a penalty on W: with fewer rows than features a plain fit would explain anything, and every
+    layer would look the same.
 
     Args:
-        residual_norm: norm of :func:`residual`.
+        whitened_norm: norm of :func:`whitened`.
         gradient_norm: norm of D.
     """
-    if not math.isfinite(residual_norm) or not math.isfinite(gradient_norm) or gradient_norm <= 0:
+    if not math.isfinite(whitened_norm) or not math.isfinite(gradient_norm) or gradient_norm <= 0:
         return None
-    return min((RIDGE * residual_norm / gradient_norm) ** 2, 1.0)
+    return min(RIDGE * (whitened_norm / gradient_norm) ** 2, 1.0)
 
 
 def autocorrelation(signals: Tensor) -> Tensor:

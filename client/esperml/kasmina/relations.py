@@ -87,11 +87,11 @@ class _Fit:
         self._signal = signal
         self._gradient_norm = 0.0
         self._share: float | None = None
-        ledger.add_norms([gradient, measures.residual(own, gradient, bias=bias)], self._receive)
+        ledger.add_norms([gradient, measures.whitened(own, gradient, bias=bias)], self._receive)
 
     def add(self, rows: Tensor, signal: health_pb2.PlaceSignal) -> None:
         """Measure how much more is explained with ``rows``, (n, F)."""
-        joint = measures.residual(self._own + measures.normalised_gram(rows), self._gradient, bias=self._bias)
+        joint = measures.whitened(self._own + measures.normalised_gram(rows), self._gradient, bias=self._bias)
 
         def receive(norms: list[float]) -> None:
             share = measures.unexplained(norms[0], self._gradient_norm)
@@ -102,8 +102,8 @@ class _Fit:
         self._ledger.add_norms([joint], receive)
 
     def _receive(self, norms: list[float]) -> None:
-        self._gradient_norm, residual_norm = norms
-        self._share = measures.unexplained(residual_norm, self._gradient_norm)
+        self._gradient_norm, whitened_norm = norms
+        self._share = measures.unexplained(whitened_norm, self._gradient_norm)
         if self._share is not None:
             self._signal.expressivity_bottleneck = self._share
 
