@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -109,7 +110,7 @@ async def test_reconnecting_after_restarts_loses_and_duplicates_nothing(bus, cli
                         enough.set()
 
         reader = asyncio.create_task(read())
-        publishing: list[asyncio.Task] = []
+        publishing: list[asyncio.Task[oona_pb2.Published]] = []
         for round_ in range(4):
             publishing += [asyncio.create_task(oona.publish(EVENTS, events(100 * round_ + n))) for n in range(100)]
             await publishing[100 * round_ + 10]
@@ -371,3 +372,102 @@ async def test_a_reader_whose_records_are_purged_is_told(client, events):
                 async for _ in subscription:
                     pass
             assert caught.value.earliest_offset == 6
+
+
+async def test_a_full_window_holds_publishers_back_and_keeps_their_order(bus, client, events, monkeypatch):
+    monkeypatch.setattr("esperml.client.oona.WINDOW_BYTES", 200)
+    await bus.stop()
+    async with client() as oona:
+        waiting = [asyncio.create_task(oona.publish(EVENTS, events(number))) for number in range(20)]
+        await asyncio.sleep(0)
+        given_up = asyncio.create_task(oona.publish(EVENTS, events(99), timeout_s=0.01))
+        with pytest.raises(PublishTimeoutError):
+            await given_up
+        await bus.start()
+        await asyncio.gather(*waiting)
+        # What timed out before it was taken in is not published.
+        assert await stored_marks(oona) == list(range(20))
+
+
+async def test_what_ends_streams_without_a_status_is_tried_again(bus, events):
+    async def end_at_once(_requests, _context) -> None:
+        return
+
+    async def end_after_opening(_requests, context) -> None:
+        await context.write(oona_pb2.StreamResponse(opened=oona_pb2.Opened(next_sequence=1, max_frame_bytes=1000)))
+
+    await bus.stop()
+    for behaviour in (end_at_once, end_after_opening):
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        handler = grpc.stream_stream_rpc_method_handler(
+            behaviour,
+            request_deserializer=oona_pb2.StreamRequest.FromString,
+            response_serializer=oona_pb2.StreamResponse.SerializeToString,
+        )
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("esperml.v1.Oona", {"Stream": handler})])
+        server.add_insecure_port(bus.target)
+        await server.start()
+        async with OonaClient(bus.target, client_id=behaviour.__name__, backoff=Backoff(0.001, 0.002)) as oona:
+            publishing = asyncio.create_task(oona.publish(EVENTS, events(0)))
+            with pytest.raises(PublishTimeoutError):
+                await oona.publish(EVENTS, events(1), timeout_s=0.1)
+            await server.stop(None)
+            await bus.start()
+            assert (await publishing).count == 1
+        await bus.stop()
+
+
+async def test_a_server_that_does_not_answer_is_tried_again(bus, client, events, monkeypatch):
+    monkeypatch.setattr("esperml.client.connection.OPEN_TIMEOUT_S", 0.02)
+    await bus.stop()
+    with socket.create_server(("127.0.0.1", bus.port)):
+        async with client() as oona:
+            with pytest.raises(PublishTimeoutError):
+                await oona.publish(EVENTS, events(0), timeout_s=0.2)
+            assert not oona.is_connected
+
+
+async def test_a_group_reads_what_is_no_longer_in_memory(bus, client, events):
+    await bus.stop()
+    await bus.start(cache_bytes=0)
+    async with client() as oona:
+        async with oona.subscribe(EVENTS, group="g", credit=3) as one, oona.subscribe(EVENTS, group="g") as two:
+            for first in range(0, 40, 4):
+                await oona.publish(EVENTS, events(first, 2, "a") + events(first + 2, 2, "b"))
+            got: dict[str, list[int]] = {"a": [], "b": []}
+            for subscription in (one, two):
+                for _ in range(20):
+                    record = await anext(subscription)
+                    got[record.event.run_id].append(int(record.event.run_ended.error))
+                    await subscription.ack(record)
+        assert got == {
+            "a": [number for number in range(40) if number % 4 < 2],
+            "b": [number for number in range(40) if number % 4 >= 2],
+        }
+
+
+async def test_credit_in_bytes_bounds_what_waits_for_a_slow_reader(bus, client, make_event):
+    async with client() as oona:
+        await oona.publish(EVENTS, [make_event(mark="x" * 1000) for _ in range(40)])
+        async with oona.subscribe(EVENTS, start=EARLIEST, end_offset=40, credit_bytes=4000) as subscription:
+            await until(lambda: bool(subscription._buffer))
+            assert subscription._buffered_bytes <= 4000
+            assert len([record async for record in subscription]) == 40
+
+
+async def test_unsubscribing_forgets_what_has_come_and_ends_iteration(client, events):
+    async with client() as oona:
+        await oona.publish(EVENTS, events(0, 5))
+        async with oona.subscribe(EVENTS, start=EARLIEST) as subscription:
+            await anext(subscription)
+            await subscription.unsubscribe()
+            assert [record async for record in subscription] == []
+
+
+async def test_entering_can_be_given_up(bus, client):
+    await bus.stop()
+    async with client() as oona:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01), oona.subscribe(EVENTS):
+                pass
+        assert oona._subscriptions == {}

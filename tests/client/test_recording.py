@@ -77,6 +77,7 @@ def test_any_mcap_reader_can_decode_it(path, make_event):
         [(schema, channel, message, decoded)] = make_reader(
             file, decoder_factories=[DecoderFactory()]
         ).iter_decoded_messages()
+    assert schema is not None
     assert (schema.name, schema.encoding) == ("esperml.v1.Event", "protobuf")
     assert (channel.topic, channel.message_encoding) == ("/esperml/events", "protobuf")
     assert message.log_time == 5

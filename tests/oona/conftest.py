@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from esperml.v1 import oona_pb2
+from esperml.v1 import event_pb2, oona_pb2
 
 
 class RawStream:
@@ -16,6 +16,7 @@ class RawStream:
 
     def __init__(self, call) -> None:
         self.call = call
+        self.opened = oona_pb2.Opened()
         self.deliveries: list[oona_pb2.Delivery] = []
         self.unasked: list[oona_pb2.StreamResponse] = []
         self._request_id = 0
@@ -44,16 +45,16 @@ class RawStream:
     async def next(self, name: str) -> oona_pb2.StreamResponse:
         """The next frame of a sort that the server sends unasked."""
         for index, response in enumerate(self.unasked):
-            if response.HasField(name):
+            if response.WhichOneof("response") == name:
                 return self.unasked.pop(index)
-        while (response := await self.read()) is not None:
-            if response.HasField(name):
-                return response
-            self.unasked.append(response)
+        while (following := await self.read()) is not None:
+            if following.WhichOneof("response") == name:
+                return following
+            self.unasked.append(following)
         raise AssertionError(f"the stream ended before {name}")
 
-    async def records(self, count: int) -> list:
-        records: list = []
+    async def records(self, count: int) -> list[event_pb2.Record]:
+        records: list[event_pb2.Record] = []
         while len(records) < count:
             records += (await self.next("delivery")).delivery.records
         return records
@@ -75,7 +76,7 @@ async def raw_stream(target: str, client_id: str | None = "raw") -> AsyncIterato
             "/esperml.v1.Oona/Stream",
             request_serializer=None,
             response_deserializer=oona_pb2.StreamResponse.FromString,
-        )()
+        )(None)
         stream = RawStream(call)
         if client_id is not None:
             stream.opened = (await stream.answer(open=oona_pb2.Open(client_id=client_id))).opened

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from esperml.client import new_event
 from esperml.oona import Broker, SqliteLog
 from esperml.oona.log import SequenceGapError
+from esperml.oona.members import MemberReader
 from esperml.oona.rejection import RequestRejectedError
 from esperml.settings import OonaSettings
 from esperml.v1 import event_pb2, oona_pb2, run_pb2
@@ -38,8 +39,14 @@ class Reader:
 
     def __init__(self) -> None:
         self.records: list[event_pb2.Record] = []
-        self.closed: oona_pb2.Closed | None = None
+        self.closed = oona_pb2.Closed()
         self.caught_up = 0
+        # Of members of the group only.
+        self.subscription: MemberReader
+        self.task: asyncio.Task[None]
+        self.held: dict[int, event_pb2.Record] = {}
+        self.owned: set[str] = set()
+        self.credit = 0
 
     async def emit(self, response: oona_pb2.StreamResponse) -> None:
         self.records += response.delivery.records
@@ -53,7 +60,8 @@ class BrokerMachine(RuleBasedStateMachine):
     """Publishes, reads, acknowledges, kills and restarts; the model says what must be there."""
 
     members: Bundle[Reader] = Bundle("members")
-    broker: Broker | None = None
+    broker: Broker
+    is_open = False
 
     @initialize()
     def open(self) -> None:
@@ -72,9 +80,10 @@ class BrokerMachine(RuleBasedStateMachine):
     async def _open(self) -> None:
         self.log = SqliteLog(Path(self.folder.name) / "log.sqlite")
         self.broker = Broker(self.log, SETTINGS)
+        self.is_open = True
 
     def teardown(self) -> None:
-        if self.broker is not None:
+        if self.is_open:
             for member in list(self.live):
                 self.lose_member(member)
             self.runner.run(self.log.close())
@@ -170,13 +179,12 @@ class BrokerMachine(RuleBasedStateMachine):
 
         async def subscribe() -> None:
             request = oona_pb2.Subscribe(subscription_id=self.number, kind=KIND, group="g")
-            member.subscription = await self.broker.subscribe(request, member.emit)
+            subscription = await self.broker.subscribe(request, member.emit)
+            assert isinstance(subscription, MemberReader)
+            member.subscription = subscription
             member.task = asyncio.create_task(member.subscription.run())
 
         self.runner.run(subscribe())
-        member.held = {}
-        member.owned = set()
-        member.credit = 0
         self.live.append(member)
         return member
 
@@ -254,13 +262,13 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_topic_is_as_long_as_what_was_published(self) -> None:
-        if self.broker is not None:
+        if self.is_open:
             topic = self.broker.topic(KIND)
             assert (topic.earliest_offset, topic.next_offset) == (self.floor, len(self.stored))
 
     @invariant()
     def the_group_has_committed_what_is_done_and_no_more(self) -> None:
-        if self.broker is None:
+        if not self.is_open:
             return
         for group in self.broker.groups(KIND):
             committed = next(o for o in range(len(self.stored) + 1) if o == len(self.stored) or o not in self.done)

@@ -26,6 +26,7 @@ class Process:
         self.path = path
         self.port = 0
         self.environment = {**os.environ, **environment}
+        self.process: subprocess.Popen[str]
 
     def start(self) -> None:
         self.process = subprocess.Popen(
@@ -34,12 +35,12 @@ class Process:
             text=True,
             env=self.environment,
         )
+        assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.communicate()
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ async def test_a_server_killed_under_load_has_every_confirmed_event_once_and_in_
         async def publish() -> int:
             nonlocal confirmed
             sent = 0
-            under_way: set[asyncio.Task] = set()
+            under_way: set[asyncio.Task[oona_pb2.Published]] = set()
             while not stop.is_set():
                 frame = [make_event(f"run-{number % 3}", str(number)) for number in range(sent, sent + 7)]
                 sent += 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import grpc
 
@@ -24,6 +24,13 @@ CHANNEL_OPTIONS: Final[Sequence[tuple[str, int]]] = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 )
+
+
+class StreamEndedWithoutStatusError(Exception):
+    """The other side ended the stream as if all were done: a proxy, for example. Worth another try."""
+
+    def __init__(self) -> None:
+        super().__init__("the stream ended without a status")
 
 
 def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
@@ -63,35 +70,38 @@ class Connection:
 
         Raises:
             grpc.aio.AioRpcError: nobody answers, or the server does not want us.
+            StreamEndedWithoutStatusError: something answers that is not the bus.
             TimeoutError: no answer within 10 s.
         """
         channel = open_channel(target, credentials)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 call = oona_pb2_grpc.OonaStub(channel).Stream(None, metadata=metadata(token))
-                frame = oona_pb2.Open(client_id=client_id, client_version=_client_version())
-                await _write(call, oona_pb2.StreamRequest(request_id=1, open=frame))
-                response = await call.read()
-                if not isinstance(response, oona_pb2.StreamResponse):
-                    await _raise_status(call)
+                opened = await _introduce(call, client_id)
         except BaseException:
             await channel.close(None)
             raise
-        return cls(channel, call, response.opened)
+        return cls(channel, call, opened)
 
     async def send(self, request: oona_pb2.StreamRequest) -> None:
         """Send a frame, waiting while the transport is full.
 
         Raises:
-            grpc.aio.AioRpcError: the stream has ended.
+            grpc.aio.AioRpcError: the stream has ended just now.
+            asyncio.InvalidStateError: it had ended before.
         """
-        await _write(self._call, request)
+        await self._call.write(request)
 
     async def responses(self) -> AsyncIterator[oona_pb2.StreamResponse]:
-        """What the server sends. Never ends but by raising the stream's status as ``grpc.aio.AioRpcError``."""
+        """What the server sends.
+
+        Raises:
+            grpc.aio.AioRpcError: the stream's status, when it ends.
+            StreamEndedWithoutStatusError: it ended without an error, as the bus never ends it.
+        """
         while isinstance(response := await self._call.read(), oona_pb2.StreamResponse):
             yield response
-        await _raise_status(self._call)
+        raise StreamEndedWithoutStatusError
 
     async def close(self) -> None:
         """End the stream and the connection."""
@@ -99,27 +109,15 @@ class Connection:
         await self._channel.close(None)
 
 
-async def _write(
-    call: grpc.aio.StreamStreamCall[oona_pb2.StreamRequest, oona_pb2.StreamResponse], request: oona_pb2.StreamRequest
-) -> None:
-    try:
-        await call.write(request)
-    except asyncio.InvalidStateError:
-        await _raise_status(call)
-
-
-async def _raise_status(call: grpc.aio.StreamStreamCall[oona_pb2.StreamRequest, oona_pb2.StreamResponse]) -> NoReturn:
-    code = await call.code()
-    if code is grpc.StatusCode.OK:
-        # The bus never ends a stream so; whoever did is not what we want to talk to.
-        code = grpc.StatusCode.UNAVAILABLE
-    raise grpc.aio.AioRpcError(
-        code,
-        await call.initial_metadata(),
-        await call.trailing_metadata(),
-        details=await call.details(),
-        debug_error_string=None,
-    )
+async def _introduce(
+    call: grpc.aio.StreamStreamCall[oona_pb2.StreamRequest, oona_pb2.StreamResponse], client_id: str
+) -> oona_pb2.Opened:
+    introduction = oona_pb2.Open(client_id=client_id, client_version=_client_version())
+    await call.write(oona_pb2.StreamRequest(request_id=1, open=introduction))
+    response = await call.read()
+    if not isinstance(response, oona_pb2.StreamResponse):
+        raise StreamEndedWithoutStatusError
+    return response.opened
 
 
 def _client_version() -> str:

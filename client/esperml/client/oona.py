@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Final, NoReturn, Self
 import grpc
 import structlog
 
-from esperml.client.connection import Connection, metadata, open_channel
+from esperml.client.calls import TopicCalls
+from esperml.client.connection import Connection, StreamEndedWithoutStatusError
 from esperml.client.errors import (
-    CallFailedError,
     ClientClosedError,
     OonaError,
     PublishTimeoutError,
-    SequenceGapError,
     StorageError,
     StreamEndedError,
     rejection,
@@ -26,7 +25,7 @@ from esperml.client.flow import FlowControl
 from esperml.client.retry import RETRYABLE, Backoff
 from esperml.client.subscription import Subscription
 from esperml.client.window import ResendWindow
-from esperml.v1 import oona_pb2, oona_pb2_grpc
+from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +69,7 @@ class OonaClient:
         self._token = token
         self._credentials = credentials
         self._backoff = Backoff() if backoff is None else backoff
+        self._calls = TopicCalls(target, token, credentials)
         self._window = ResendWindow(client_id, WINDOW_BYTES)
         self._admission = asyncio.Lock()
         self._room = asyncio.Event()
@@ -192,36 +192,18 @@ class OonaClient:
 
     async def topics(self) -> list[oona_pb2.Topic]:
         """The topics, one a kind. Raises :class:`CallFailedError`."""
-        try:
-            async with open_channel(self._target, self._credentials) as channel:
-                call = oona_pb2_grpc.OonaStub(channel).ListTopics
-                response = await call(oona_pb2.ListTopicsRequest(), metadata=metadata(self._token))
-        except grpc.aio.AioRpcError as error:
-            raise CallFailedError("ListTopics", error.code(), error.details() or "") from error
-        return list(response.topics)
+        return await self._calls.topics()
 
     async def describe(self, kind: event_pb2.Kind.ValueType) -> oona_pb2.DescribeTopicResponse:
         """One topic, with its groups and their lag. Raises :class:`CallFailedError`."""
-        try:
-            async with open_channel(self._target, self._credentials) as channel:
-                call = oona_pb2_grpc.OonaStub(channel).DescribeTopic
-                return await call(oona_pb2.DescribeTopicRequest(kind=kind), metadata=metadata(self._token))
-        except grpc.aio.AioRpcError as error:
-            raise CallFailedError("DescribeTopic", error.code(), error.details() or "") from error
+        return await self._calls.describe(kind)
 
     async def purge(self, kind: event_pb2.Kind.ValueType, before: int) -> int:
         """Delete records below offset ``before``, as far as they fill whole batches.
 
         Returns the first offset that is still there. Raises :class:`CallFailedError`.
         """
-        request = oona_pb2.PurgeTopicRequest(kind=kind, before_offset=before)
-        try:
-            async with open_channel(self._target, self._credentials) as channel:
-                call = oona_pb2_grpc.OonaStub(channel).PurgeTopic
-                response = await call(request, metadata=metadata(self._token))
-        except grpc.aio.AioRpcError as error:
-            raise CallFailedError("PurgeTopic", error.code(), error.details() or "") from error
-        return response.earliest_offset
+        return await self._calls.purge(kind, before)
 
     # What subscriptions call.
 
@@ -276,6 +258,8 @@ class OonaClient:
                 detail = f"{error.code().name}: {error.details()}"
             except TimeoutError:
                 detail = "no answer"
+            except StreamEndedWithoutStatusError as error:
+                detail = str(error)
             was_connected = self.is_connected
             self._lose_stream()
             if was_connected or not announced:
@@ -299,11 +283,13 @@ class OonaClient:
         connection = await Connection.open(self._target, self._client_id, self._token, self._credentials)
         try:
             # Unconfirmed frames go out again, with the same sequences.
-            self._number_anew(connection.opened.next_sequence)
+            lost = self._window.resume(connection.opened.next_sequence)
             self._window.refuse_larger_than(connection.opened.max_frame_bytes)
         except OonaError:
             await connection.close()
             raise
+        if lost:
+            _log.error("server_lost_confirmed_events", target=self._target, client_id=self._client_id, events=lost)
         self._outbox.clear()
         self._backoff.reset()
         self._max_frame_bytes = connection.opened.max_frame_bytes
@@ -327,7 +313,7 @@ class OonaClient:
             while (request := self._next_request()) is not None:
                 try:
                     await connection.send(request)
-                except grpc.aio.AioRpcError:
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                     return  # The receiving side sees the same status, and acts on it.
             await self._to_send.wait()
 
@@ -373,17 +359,10 @@ class OonaClient:
             self._window.rewind()
             delay = self._backoff.next_delay()
             self._hold_publishing = asyncio.get_running_loop().call_later(delay, self._publish_again)
-        elif isinstance(error, SequenceGapError) and error.expected_sequence is not None:
-            self._number_anew(error.expected_sequence)
-            self._to_send.set()
         else:
             self._window.refuse(request_id, error)
             self._to_send.set()
             self._room.set()
-
-    def _number_anew(self, server_next: int) -> None:
-        if lost := self._window.resume(server_next):
-            _log.error("server_lost_confirmed_events", target=self._target, client_id=self._client_id, events=lost)
 
     def _publish_again(self) -> None:
         self._hold_publishing = None

@@ -40,8 +40,3 @@ class Credit:
             self.unmetered -= 1
             return True
         return False
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether not even an empty record could be paid for."""
-        return not self.messages and not self.unmetered
