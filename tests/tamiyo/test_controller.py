@@ -497,6 +497,15 @@ def test_rebuilding_decides_nothing_that_was_not_decided_then(tools, host, tmp_p
     assert rebuilt.run("run").step == 200
 
 
+def test_a_report_that_comes_again_after_rebuilding_is_not_decided_on_anew(tools, tmp_path):
+    host = tools.Host(tools.controller(tmp_path, random_seed=None))
+    host.start()
+    first = host.report(100)
+    rebuilt = tools.controller(tmp_path, random_seed=None)
+    rebuilt.rebuild([host.said[0], first[0]])
+    assert rebuilt.handle(*host.said[1]) == first
+
+
 def test_rebuilding_leaves_out_what_is_malformed(tools, host, tmp_path):
     bad = host.event(run_ended=run_pb2.RunEnded(run=health_pb2.RunMeasures(train_loss=math.nan)))
     rebuilt = tools.controller(tmp_path)

@@ -116,7 +116,7 @@ class Controller:
                     self._handle_again(kind, event, recorded)
         finally:
             for run_id in {event.run_id for _, event in ordered} & self._runs.keys():
-                self._runs[run_id].recall(None)
+                self._runs[run_id].go_live()
 
     def _handle_again(
         self,

@@ -42,6 +42,9 @@ FAILURES: Final = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueE
 
 Batch = list[tuple[event_pb2.Kind.ValueType, list[event_pb2.Event]]]
 
+CATCH_UP_S: Final = 5.0
+"""Longest time that the end of a run waits for its last reports, in s."""
+
 RETRY_S: Final = 1.0
 """Time between two tries to read what the bus has kept, in s."""
 
@@ -69,6 +72,8 @@ class TamiyoLoop:
         self._client: OonaClient | None = None
         self._turn = asyncio.Lock()
         self._missing: OrderedDict[str, None] = OrderedDict()
+        self._committed: dict[event_pb2.Kind.ValueType, int] = {}
+        self._progress = asyncio.Condition()
 
     @contextlib.asynccontextmanager
     async def running(self, target: str) -> AsyncIterator[None]:
@@ -114,6 +119,8 @@ class TamiyoLoop:
 
     async def _take(self, subscription: Subscription, records: Sequence[event_pb2.Record]) -> None:
         for record in records:
+            if record.event.HasField("run_ended"):
+                await self._catch_up(record.event.run_id)
             async with self._turn:
                 outgoing = await self._handle(subscription.kind, record)
             try:
@@ -121,7 +128,32 @@ class TamiyoLoop:
             except (RejectedError, FrameTooLargeError) as error:
                 # The bus stands, and will not take this ever: what can be done is to say so and go on.
                 log.error("publish_refused", run_id=record.event.run_id, problem=str(error))  # noqa: TRY400
-        await subscription.ack(*records)
+        committed = await subscription.ack(*records)
+        if committed is not None:
+            async with self._progress:
+                self._committed[subscription.kind] = committed
+                self._progress.notify_all()
+
+    async def _catch_up(self, run_id: str) -> None:
+        """Wait until what a run reported before its end is handled.
+
+        Each kind has a log of its own, and the end may overtake the last reports. What was stored before the end was
+        delivered is waited for, and not for ever: another member of the group may have it.
+        """
+        client = self._client_now()
+        try:
+            async with asyncio.timeout(CATCH_UP_S):
+                for kind in (event_pb2.KIND_OUTCOMES, event_pb2.KIND_TELEMETRY):
+                    described = await client.describe(kind)
+                    end = described.topic.next_offset
+                    committed = max(
+                        (group.committed_offset for group in described.groups if group.name == GROUP), default=0
+                    )
+                    async with self._progress:
+                        while max(committed, self._committed.get(kind, 0)) < end:
+                            await self._progress.wait()
+        except (TimeoutError, CallFailedError) as error:
+            log.warning("end_not_awaited", run_id=run_id, problem=str(error) or f"no progress within {CATCH_UP_S:g} s")
 
     async def _handle(self, kind: event_pb2.Kind.ValueType, record: event_pb2.Record) -> Outgoing:
         event = record.event

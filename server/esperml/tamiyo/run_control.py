@@ -60,11 +60,21 @@ class RunControl:
         self._settings = settings
         self._seed = seed
         self._curve_of = curve_of
-        self._recorded: Mapping[str, decision_pb2.AdaptationDecision] | None = None
+        self._recorded: Mapping[str, decision_pb2.AdaptationDecision] = {}
+        self._replaying = False
 
-    def recall(self, recorded: Mapping[str, decision_pb2.AdaptationDecision] | None) -> None:
-        """Take decisions from a record, by id, rather than take them anew; ``None`` goes back to deciding."""
+    def recall(self, recorded: Mapping[str, decision_pb2.AdaptationDecision]) -> None:
+        """Replay: take decisions from a record, by id, and none that is not in it.
+
+        Args:
+            recorded: decisions of this run that are on the bus already.
+        """
         self._recorded = recorded
+        self._replaying = True
+
+    def go_live(self) -> None:
+        """Decide again. What is recorded still stands: a report that comes once more is not decided on anew."""
+        self._replaying = False
 
     def handle(self, event: event_pb2.Event) -> Outgoing:
         """Take in one event; a duplicate changes nothing.
@@ -281,9 +291,7 @@ class RunControl:
         return outgoing + self._issue(decision, at)
 
     def _as_recorded(self, decision: decision_pb2.AdaptationDecision) -> decision_pb2.AdaptationDecision | None:
-        if self._recorded is None:
-            return decision
-        return self._recorded.get(decision.decision_id)
+        return self._recorded.get(decision.decision_id, None if self._replaying else decision)
 
     def _situation(self) -> rules.Situation:
         run = self.run
