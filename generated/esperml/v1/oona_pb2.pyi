@@ -571,7 +571,7 @@ class Ack(message.Message):
 
     @builtins.property
     def nacked(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
-        """To be delivered again; the run's later records wait."""
+        """To be delivered again; the run's later records wait, and those of them that were delivered come again behind it."""
 
     @builtins.property
     def extended(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:

@@ -83,8 +83,9 @@ class OonaServicer:
         Every request carries a request_id that its response repeats; what the server sends unasked (Delivery, Progress,
         and Closed at the end of a replay) carries 0. Frames of one direction keep their order. A gRPC status ends the
         stream: INVALID_ARGUMENT where the first frame is not Open or a later one is, RESOURCE_EXHAUSTED for a frame over
-        the limit, UNAVAILABLE when the server shuts down. What was not confirmed by then is published again with the same
-        sequence, and stored once.
+        the limit, UNAVAILABLE when the server shuts down, ABORTED where another stream opened with the same client id,
+        DATA_LOSS where what is to be delivered is damaged. What was not confirmed by then is published again with the same
+        sequence, and stored once. A client that sends no more still gets what it asked for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
