@@ -17,9 +17,10 @@ from esperml.tamiyo import checkpoint
 from esperml.tamiyo.policy import PolicyConfig, PolicyNetwork
 from esperml.trainer import snapshots
 from esperml.trainer.algorithm import AdvantageWeightedActorCritic, AdvantageWeightedConfig, _ranking_loss
-from esperml.trainer.batches import Batch, judged, lambda_returns
+from esperml.trainer.batches import Batch, judged, opinion, returns_of
 from esperml.trainer.likelihood import Distribution
 from esperml.trainer.replay import ReplayBuffer, Step
+from esperml.trainer.returns import Returns
 from esperml.trainer.transitions import transition
 
 VOCABULARY = ("gate", "mlp")
@@ -46,8 +47,8 @@ def steps(synthetic: ModuleType) -> list[Step]:
 
 @pytest.fixture(scope="module")
 def batch(steps: list[Step]) -> Batch:
-    returns, advantages = lambda_returns(_network(), steps, gamma=1.0, lambda_=0.95)
-    return Batch.of(steps, returns, advantage_scale=float(advantages.std()))
+    returns, held = returns_of(_network(), steps, gamma=1.0, lambda_=0.95, corrected=True)
+    return Batch.of(steps, returns, advantage_scale=float((returns.returns - held.values).std()))
 
 
 def _network(seed: int = 0) -> PolicyNetwork:
@@ -134,7 +135,8 @@ def test_returns_that_are_no_numbers_leave_the_network_as_it_was(make_algorithm:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_computes_the_same_losses(make_algorithm: Factory, steps: list[Step], batch: Batch) -> None:
-    on_gpu = Batch.of(steps, batch.returns.double().numpy(), advantage_scale=batch.advantage_scale, device="cuda")
+    returns = Returns(batch.targets.double().numpy(), batch.returns.double().numpy())
+    on_gpu = Batch.of(steps, returns, advantage_scale=batch.advantage_scale, device="cuda")
     one = make_algorithm(_network()).update(batch)
     other = make_algorithm(_network().to("cuda")).update(on_gpu)
     assert other == pytest.approx(one, rel=1e-3)
@@ -158,7 +160,7 @@ def _bandit(steps: list[Step], done: Sequence[tuple[int | None, float, float]], 
         name = host or f"host {number}"
         result.append(replace(step, choice=choice, blueprint=None if place is None else 0, host=name))
         returns.append(worth)
-    return Batch.of(result, np.asarray(returns))
+    return Batch.of(result, Returns(np.asarray(returns), np.asarray(returns)))
 
 
 def _train(batch: Batch, updates: int = 150, **changes: Any) -> Distribution:
@@ -190,7 +192,7 @@ def test_a_ranking_says_nothing_of_what_was_not_tried(steps: list[Step]) -> None
     scores = Distribution.of(output, batch.graphs).where
     scores.retain_grad()
     loss = _ranking_loss(scores[:2], torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert scores.grad is not None
     assert scores.grad[:2].abs().min() > 0
     assert float(scores.grad[2:].abs().max()) == 0.0
@@ -221,7 +223,9 @@ def test_adapting_is_judged_by_the_place_that_the_policy_prefers(steps: list[Ste
 
 def test_a_batch_without_grafts_or_choices_still_trains_the_critic(steps: list[Step]) -> None:
     idle = [step for step in steps if not step.may_adapt][:5]
-    losses = AdvantageWeightedActorCritic(_network(), AdvantageWeightedConfig()).update(Batch.of(idle, np.full(5, 0.5)))
+    losses = AdvantageWeightedActorCritic(_network(), AdvantageWeightedConfig()).update(
+        Batch.of(idle, Returns(np.full(5, 0.5), np.full(5, 0.5)))
+    )
     assert losses["whether"] == losses["graft"] == losses["ranking"] == losses["entropy"] == 0
     assert losses["critic"] > 0
     assert math.isfinite(losses["gradient_norm"])
@@ -242,11 +246,11 @@ def test_the_entropy_is_that_of_the_joint_decision(steps: list[Step], batch: Bat
 
 def test_what_is_judged_is_what_the_heads_say(steps: list[Step]) -> None:
     network = _network()
-    result = judged(network, steps, np.zeros(len(steps)))
+    result = judged(steps, np.zeros(len(steps)), opinion(network, steps))
     chosen = [step for step in steps if step.may_adapt]
     assert result.adapted.tolist() == [step.choice.place is not None for step in chosen]
     row, step = next((row, step) for row, step in enumerate(chosen) if step.choice.place is not None)
-    single = Batch.of([step], np.zeros(1))
+    single = Batch.of([step], Returns(np.zeros(1), np.zeros(1)))
     with torch.inference_mode():
         policy = Distribution.of(network(single.graphs), single.graphs)
     place, blueprint = step.choice.place or 0, step.blueprint or 0
@@ -257,7 +261,19 @@ def test_what_is_judged_is_what_the_heads_say(steps: list[Step]) -> None:
     assert result.log_ratio[row] == pytest.approx(
         float(policy.whether[0, 1]) - step.choice.adapt_log_probability + graft - taken, abs=1e-4
     )
-    assert judged(network, [], np.zeros(0)).returns.size == 0
+    assert judged([], np.zeros(0), opinion(network, [])).returns.size == 0
+
+
+def test_an_episode_that_was_cut_short_goes_on_with_the_critics_estimate(steps: list[Step]) -> None:
+    network = _network()
+    episode = [step for step in steps if step.episode == steps[0].episode]
+    cut = [replace(step, done=False, next_features=None) for step in episode[:1]]
+    cut.append(replace(episode[1], next_features=episode[2].features))
+    whole, _ = returns_of(network, episode, gamma=1.0, lambda_=1.0, corrected=False)
+    short, _ = returns_of(network, cut, gamma=1.0, lambda_=1.0, corrected=False)
+    value = opinion(network, episode).values[2]
+    assert whole.returns[0] == pytest.approx(sum(step.reward for step in episode))
+    assert short.returns[0] == pytest.approx(episode[0].reward + episode[1].reward + value, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ The actor repeats recorded decisions in proportion to how well they turned out (
 arXiv:2006.09359; advantage-weighted regression: Peng et al., 2019, arXiv:1910.00177), and orders what was tried on one
 host by how it turned out there (ListNet: Cao et al., 2007). Four things differ from AWAC, each for a reason:
 
-* The critic is a state value trained on lambda-returns, not Q on one-step targets: every recorded return is complete
-  and measured against a twin, so there is nothing to gain from bootstrapping across actions.
+* The critic is a state value trained on multi-step returns, corrected by V-trace for what behaviour did later, not Q
+  on one-step targets: what was observed against a twin is worth more than an estimate.
 * Weights carry 1 / mu, the inverse of the behaviour's recorded propensity, so that what behaviour did often is not
   learnt for being frequent.
 * The decision is factored (whether, where, what) and each head is trained where it mattered only: a place that was not
@@ -34,9 +34,10 @@ _LEAST_RATIO = 1e-3  # Keeps averages defined over decisions that the policy wou
 class AdvantageWeightedConfig:
     """Hyperparameters of :class:`AdvantageWeightedActorCritic`.
 
-    For a decision (whether, where, what) taken in state s by behaviour mu, with lambda-return R and A = R - V(s)::
+    For a decision (whether, where, what) taken in state s by behaviour mu, with the V-trace target G and return R of
+    :mod:`esperml.trainer.returns`, and A = R - V(s)::
 
-        critic  = mean Huber(V(s) - R)
+        critic  = mean Huber(V(s) - G)
         graft   = - mean W log pi(where, what | s)                                    over what was germinated
         ranking = - mean q log softmax(log pi(where, what | s)),  q = softmax(A / t)  each softmax over one host
         whether = - mean U log pi(whether | s)                                        over decisions with a choice
@@ -166,7 +167,7 @@ class AdvantageWeightedActorCritic:
             whether=-(whether_weight * whether).sum() / choices,
             graft=-(graft_weight * graft).sum() / batch.adapted.sum().clamp(min=1),
             ranking=_ranking_loss(graft[batch.adapted], exponent[batch.adapted], batch.host[batch.adapted]),
-            critic=functional.huber_loss(output.value, batch.returns, delta=self.config.huber_delta),
+            critic=functional.huber_loss(output.value, batch.targets, delta=self.config.huber_delta),
             entropy=(policy.entropy() * batch.may_adapt).sum() / choices,
         )
 

@@ -8,9 +8,10 @@ import torch
 
 from esperml.tamiyo.policy import PolicyNetwork
 from esperml.trainer.algorithm import AdvantageWeightedActorCritic
-from esperml.trainer.batches import Batch, judged, lambda_returns
+from esperml.trainer.batches import Batch, judged, returns_of
 from esperml.trainer.metrics import judge
 from esperml.trainer.replay import Step
+from esperml.trainer.returns import Returns
 
 SELECTION = "selection_loss"
 """Name of the metric that is least for the best policy."""
@@ -30,8 +31,8 @@ def evaluate(
         device: where the network is.
     """
     # With lambda = 1 a complete episode's return owes nothing to the critic that is judged by it.
-    returns, _ = lambda_returns(network, steps, gamma=gamma, lambda_=1.0, device=device)
-    return judge(judged(network, steps, returns, device))
+    returns, held = returns_of(network, steps, gamma=gamma, lambda_=1.0, corrected=False, device=device)
+    return judge(judged(steps, returns.returns, held))
 
 
 def held_out_losses(
@@ -50,14 +51,19 @@ def held_out_losses(
     if not steps:
         return {}
     config = algorithm.config
-    returns, _ = lambda_returns(algorithm.network, steps, gamma=config.gamma, lambda_=config.lambda_, device=device)
+    returns, _ = returns_of(
+        algorithm.network, steps, gamma=config.gamma, lambda_=config.lambda_, corrected=True, device=device
+    )
     algorithm.network.eval()
     totals = dict.fromkeys(("whether", "graft", "ranking", "critic"), 0.0)
     counts = dict.fromkeys(totals, 0)
     with torch.no_grad():
         for chunk in _chunks(steps):
             batch = Batch.of(
-                [steps[index] for index in chunk], returns[chunk], advantage_scale=advantage_scale, device=device
+                [steps[index] for index in chunk],
+                Returns(returns.targets[chunk], returns.returns[chunk]),
+                advantage_scale=advantage_scale,
+                device=device,
             )
             losses = algorithm.losses(batch)
             choices, grafts = int(batch.may_adapt.sum()), int(batch.adapted.sum())

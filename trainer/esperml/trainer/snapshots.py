@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from esperml.trainer.metrics import Floats
+from esperml.trainer.returns import Floats
 
 FORMAT = 1
 _TENSORS, _FACTS = "training.safetensors", "training.json"
-_RANDOM, _RETURNS, _OPTIMIZER = "random", "returns", "optimizer"
+_RANDOM, _TARGETS, _RETURNS, _OPTIMIZER = "random", "targets", "returns", "optimizer"
 
 
 class SnapshotError(Exception):
@@ -37,7 +37,8 @@ class TrainingState:
         best_step: step of the best score; None before the first evaluation.
         stale: evaluations since.
         advantage_scale: standard deviation of advantages at the last refresh.
-        returns: [n] lambda-returns at the last refresh, of the steps that ``digest`` names.
+        targets: [n] the critic's targets at the last refresh, of the steps that ``digest`` names.
+        returns: [n] returns at the last refresh, likewise.
         digest: of the names of the steps trained on.
         sampler: state of the sampler's random number generator.
         random: state of torch's random number generator, [k] uint8.
@@ -51,6 +52,7 @@ class TrainingState:
     best_step: int | None = None
     stale: int = 0
     advantage_scale: float = 1.0
+    targets: Floats = field(default_factory=lambda: np.empty(0))
     returns: Floats = field(default_factory=lambda: np.empty(0))
     digest: str = ""
     sampler: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +96,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 def save(folder: Path, state: TrainingState) -> None:
     """Writes a training state into ``folder``."""
     tensors = {f"{_OPTIMIZER}.{name}": tensor for name, tensor in state.optimizer.items()}
-    tensors |= {_RANDOM: state.random, _RETURNS: torch.from_numpy(state.returns)}
+    tensors[_RANDOM] = state.random
+    tensors |= {_TARGETS: torch.from_numpy(state.targets), _RETURNS: torch.from_numpy(state.returns)}
     save_file(tensors, folder / _TENSORS)
     facts = {
         "format": FORMAT,
@@ -122,11 +125,12 @@ def load(folder: Path) -> TrainingState:
         tensors = load_file(folder / _TENSORS)
         if facts.pop("format") != FORMAT:
             raise SnapshotError(f"{folder}: the training state is of another format than {FORMAT}")
-        if odd := {field.name for field in fields(TrainingState)} ^ {*facts, _RANDOM, _RETURNS, _OPTIMIZER}:
+        if odd := {field.name for field in fields(TrainingState)} ^ {*facts, _RANDOM, _TARGETS, _RETURNS, _OPTIMIZER}:
             raise SnapshotError(f"{folder}: the training state cannot be read: {', '.join(sorted(odd))} do not fit")
         return TrainingState(
             **facts,
             random=tensors.pop(_RANDOM),
+            targets=tensors.pop(_TARGETS).numpy(),
             returns=tensors.pop(_RETURNS).numpy(),
             optimizer={name.removeprefix(f"{_OPTIMIZER}."): tensor for name, tensor in tensors.items()},
         )

@@ -26,10 +26,11 @@ from esperml.tamiyo import checkpoint
 from esperml.tamiyo.policy import PolicyConfig, PolicyNetwork
 from esperml.trainer import snapshots
 from esperml.trainer.algorithm import AdvantageWeightedActorCritic, AdvantageWeightedConfig
-from esperml.trainer.batches import Batch, lambda_returns
+from esperml.trainer.batches import Batch, returns_of
 from esperml.trainer.dataset import Dataset
 from esperml.trainer.evaluation import SELECTION, evaluate, held_out_losses
 from esperml.trainer.replay import ReplayBuffer, Step
+from esperml.trainer.returns import Returns
 from esperml.trainer.sampling import GroupSampler
 from esperml.trainer.snapshots import TrainingState
 from esperml.trainer.splitting import split
@@ -166,7 +167,7 @@ class Training:
             indices = self._sampler.sample()
             batch = Batch.of(
                 [self._train[index] for index in indices],
-                self.state.returns[indices],
+                Returns(self.state.targets[indices], self.state.returns[indices]),
                 advantage_scale=self.state.advantage_scale,
                 device=self.device,
             )
@@ -225,11 +226,17 @@ class Training:
     def _refresh(self) -> None:
         """Computes the returns anew with the critic as it is."""
         config = self.settings.algorithm
-        returns, advantages = lambda_returns(
-            self.network, self._train, gamma=config.gamma, lambda_=config.lambda_, device=self.device
+        returns, held = returns_of(
+            self.network,
+            self._train,
+            gamma=config.gamma,
+            lambda_=config.lambda_,
+            corrected=True,
+            device=self.device,
         )
-        self.state.returns = returns
-        self.state.advantage_scale = max(float(advantages.std()), float(np.finfo(np.float32).eps))
+        self.state.targets, self.state.returns = returns.targets, returns.returns
+        scale = float((returns.returns - held.values).std())
+        self.state.advantage_scale = max(scale, float(np.finfo(np.float32).eps))
 
     def _evaluate(self) -> dict[str, float]:
         if not self._validation:

@@ -40,6 +40,16 @@ class Choice:
     place_log_probability: float = 0.0
     blueprint_log_probability: float = 0.0
 
+    @property
+    def graft_log_probability(self) -> float:
+        """Of place and blueprint together, given that something is done."""
+        return self.place_log_probability + self.blueprint_log_probability
+
+    @property
+    def joint_log_probability(self) -> float:
+        """Of the whole decision."""
+        return self.adapt_log_probability + self.graft_log_probability
+
 
 @dataclass(frozen=True, slots=True)
 class Transition:
@@ -218,7 +228,7 @@ def _log_probability(propensity: decision_pb2.Propensity, name: str) -> float:
 
 
 def _check_joint(choice: Choice, propensity: decision_pb2.Propensity) -> None:
-    joint = choice.adapt_log_probability + choice.place_log_probability + choice.blueprint_log_probability
+    joint = choice.joint_log_probability
     if propensity.HasField("joint_log_probability") and abs(propensity.joint_log_probability - joint) > _JOINT_SLACK:
         raise InvalidFieldError(
             "experience.decision.propensity.joint_log_probability",
