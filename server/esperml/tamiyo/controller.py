@@ -20,8 +20,8 @@ from esperml.tamiyo import validate
 from esperml.tamiyo.analyzer import Analyzer
 from esperml.tamiyo.checkpoint import CheckpointError
 from esperml.tamiyo.rewards import LossCurve
-from esperml.tamiyo.run_control import NotPendingError, Outgoing, RunControl
-from esperml.tamiyo.run_state import RunState
+from esperml.tamiyo.run_control import Outgoing, RunControl
+from esperml.tamiyo.run_state import NotPendingError, RunState
 from esperml.tamiyo.store import PolicyStore, UnknownPolicyError
 from esperml.v1 import decision_pb2, event_pb2, graph_pb2, runs_pb2
 

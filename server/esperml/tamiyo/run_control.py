@@ -31,18 +31,6 @@ LIFECYCLE_VERSION: Final = "1"
 log = structlog.get_logger(__name__)
 
 
-class NotPendingError(ValueError):
-    """A decision does not wait for approval, or not any more.
-
-    Attributes:
-        decision_id: the decision that was asked for.
-    """
-
-    def __init__(self, decision_id: str, why: str) -> None:
-        super().__init__(f"decision {decision_id!r} is not pending: {why}")
-        self.decision_id = decision_id
-
-
 class RunControl:
     """Takes in the events of one run.
 
@@ -374,30 +362,18 @@ class RunControl:
 
     def approve(self, decision_id: str, at: Timestamp) -> Outgoing:
         """Send a pending decision. Raises :class:`NotPendingError` where it does not wait (any more)."""
-        decision = self._pending(decision_id)
+        decision = self.run.take_pending(decision_id)
         decision.disposition = decision_pb2.DISPOSITION_SENT
         return self._told(decision, at)
 
     def veto(self, decision_id: str, reason: str, at: Timestamp) -> Outgoing:
         """Refuse a pending decision. Raises :class:`NotPendingError` where it does not wait (any more)."""
-        decision = self._pending(decision_id)
+        decision = self.run.take_pending(decision_id)
         decision.disposition = decision_pb2.DISPOSITION_VETOED
         if reason:
             decision.reason = f"{decision.reason} Vetoed: {reason}"
         self.run.in_flight.pop(decision_id, None)
         return self._told(decision, at)
-
-    def _pending(self, decision_id: str) -> decision_pb2.AdaptationDecision:
-        run = self.run
-        decision = run.decisions.get(decision_id)
-        if decision is None:
-            raise NotPendingError(decision_id, "the run has no such decision")
-        if decision_id not in run.pending:
-            state = decision_pb2.Disposition.Name(decision.disposition).removeprefix("DISPOSITION_").lower()
-            expired = run.is_expired(decision)
-            raise NotPendingError(decision_id, "it expired" if expired else f"it is {state}")
-        run.pending.remove(decision_id)
-        return decision
 
 
 _DISPOSITIONS: Final = {

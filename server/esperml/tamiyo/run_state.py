@@ -29,6 +29,18 @@ MAX_DECISIONS: Final = 1024
 _NAMESPACE: Final = uuid.UUID("6f1c4d0e-5a6b-5c57-9a55-7d1f0f2b6a11")
 
 
+class NotPendingError(ValueError):
+    """A decision does not wait for approval, or not any more.
+
+    Attributes:
+        decision_id: the decision that was asked for.
+    """
+
+    def __init__(self, decision_id: str, why: str) -> None:
+        super().__init__(f"decision {decision_id!r} is not pending: {why}")
+        self.decision_id = decision_id
+
+
 @dataclass(slots=True)
 class Flight:
     """A germination that the host was asked for, or may be.
@@ -165,6 +177,17 @@ class RunState:
     def is_expired(self, decision: decision_pb2.AdaptationDecision) -> bool:
         """Whether a decision must not be applied any more."""
         return bool(decision.expires_after_step) and self.step > decision.expires_after_step
+
+    def take_pending(self, decision_id: str) -> decision_pb2.AdaptationDecision:
+        """A decision that waits for approval, which it then does no more. Raises :class:`NotPendingError`."""
+        decision = self.decisions.get(decision_id)
+        if decision is None:
+            raise NotPendingError(decision_id, "the run has no such decision")
+        if decision_id not in self.pending:
+            state = decision_pb2.Disposition.Name(decision.disposition).removeprefix("DISPOSITION_").lower()
+            raise NotPendingError(decision_id, "it expired" if self.is_expired(decision) else f"it is {state}")
+        self.pending.remove(decision_id)
+        return decision
 
     def summary(self) -> runs_pb2.Run:
         """The run in short."""

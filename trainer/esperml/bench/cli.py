@@ -51,10 +51,11 @@ def decide(as_json: bool, layers: tuple[int, ...], calls: int, threads: int, pol
         found = measure(sizes=layers or SIZES, calls=calls, threads=threads, policy=policy)
     except ServerFailedError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(json.dumps(found, indent=2) if as_json else _table(found))
+    click.echo(json.dumps(found, indent=2) if as_json else as_table(found))
 
 
-def _table(found: dict[str, Any]) -> str:
+def as_table(found: dict[str, Any]) -> str:
+    """What was measured, as a table for people. Times are in ms."""
     lines = [
         f"{'layers':>6}  {'no-op p50 / p99':>17}  {'Decide p50 / p99':>17}  {'engine p50 / p99':>17}  {'ratio':>5}   ms"
     ]
