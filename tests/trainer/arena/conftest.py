@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import structlog
 import torch
 
 from esperml.trainer.arena.twins import Plan
@@ -17,3 +20,10 @@ def short_plan() -> Plan:
         steps=120, report_every=10, warmup_steps=20, decision_interval_steps=20, blend_steps=5, hold_steps=10,
         last_germination_step=90, graft_parameter_budget=200, parameter_budget=400,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Commands set up the log for themselves; the next test gets it back."""
+    yield
+    structlog.reset_defaults()

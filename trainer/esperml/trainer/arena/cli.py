@@ -36,9 +36,10 @@ def collect(out: Path, hosts: int, branches: int, seed: int, jobs: int, resume: 
         TimeRemainingColumn,
     )
 
-    from esperml.trainer.arena.collect import Collection, CollectionError
+    from esperml.trainer.arena.collect import Collection, CollectionError, quiet_process
     from esperml.trainer.arena.collect import collect as run
 
+    quiet_process()
     columns = (TextColumn("hosts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("hosts", total=hosts)

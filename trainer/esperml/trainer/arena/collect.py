@@ -11,8 +11,8 @@ import json
 import multiprocessing
 import os
 import random
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -101,24 +101,32 @@ def collect(
     done = len(paths) - len(missing)
     if on_host:
         on_host(done, len(paths))
+    for _ in _each(paths, specs, missing, collection, jobs):
+        done += 1
+        if on_host:
+            on_host(done, len(paths))
+    return paths
+
+
+def _each(
+    paths: list[Path], specs: list[HostSpec], missing: list[int], collection: Collection, jobs: int
+) -> Iterator[None]:
+    """Collect the missing hosts, and yield after each."""
+    if jobs == 1:
+        for index in missing:
+            collect_host(paths[index], specs[index], collection)
+            yield
+        return
     # Spawned, not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet_process) as pool:
-        pending: set[Future[None]] = {
-            pool.submit(collect_host, paths[index], specs[index], collection) for index in missing
-        }
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=quiet_process) as pool:
+        futures = [pool.submit(collect_host, paths[index], specs[index], collection) for index in missing]
         try:
-            while pending:
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                    done += 1
-                    if on_host:
-                        on_host(done, len(paths))
+            for future in as_completed(futures):
+                yield future.result()
         finally:
-            for future in pending:
+            for future in futures:
                 future.cancel()
-    return paths
 
 
 def collect_host(path: Path, spec: HostSpec, collection: Collection) -> None:
@@ -179,7 +187,8 @@ def _check_manifest(folder: Path, collection: Collection, *, resume: bool) -> No
         raise CollectionError(f"{folder} was collected with another {', '.join(differing)}: choose another folder")
 
 
-def _quiet_process() -> None:
+def quiet_process() -> None:
+    """One thread for torch, and no log lines for every seed that is planted."""
     import logging
 
     import torch
