@@ -138,6 +138,7 @@ def _words(command: decision_pb2.Command, verb: str, applied: decision_pb2.Appli
     else:
         asked = f"{verb} {where.seed_id}"
     if applied.status == decision_pb2.COMMAND_STATUS_APPLIED:
-        return f"{asked}: done, {applied.parameters_added:+d} parameters"
+        because = f"; because {command.reason}" if command.reason else ""
+        return f"{asked}: done, {applied.parameters_added:+d} parameters{because} (decision {command.decision_id})"
     status = decision_pb2.CommandStatus.Name(applied.status).removeprefix("COMMAND_STATUS_").lower()
-    return f"{asked}: {status}, {applied.reason}"
+    return f"{asked}: {status}, {applied.reason} (decision {command.decision_id})"

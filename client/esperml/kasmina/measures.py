@@ -32,11 +32,15 @@ def silent_units(output: Tensor) -> Tensor:
 
 
 def squared_singular_values(output: Tensor) -> Tensor:
-    """Squared singular values of the output less its mean row. Shapes: (n, G) to (min(n, G),)."""
+    """Squared singular values of the output less its mean row.
+
+    Shapes: (n, G) to (min(n, G),). All NaN where the output is not finite.
+    """
     centred = output - output.mean(0)
     gram = centred @ centred.mT if centred.shape[0] <= centred.shape[1] else centred.mT @ centred
-    eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
-    return eigenvalues
+    # The eigenvalue routine raises on what is not finite, and to ask first would wait for the device.
+    eigenvalues: Tensor = torch.linalg.eigvalsh(gram.nan_to_num(0.0, 0.0, 0.0))
+    return eigenvalues + 0 * gram.sum()
 
 
 def effective_rank(squared_values: Sequence[float]) -> float | None:

@@ -165,6 +165,7 @@ class Session:
         self._epoch: int | None = None
         self._reports = 0
         self._latest = health_pb2.HealthReport()
+        self._layers: dict[str, health_pb2.EnhancedHealthSignal] = {}
         self._train_loss: tuple[float, float] | None = None
         self._held_out_loss: tuple[float, float] | None = None
         self._actions: deque[tuple[int, str]] = deque(maxlen=_ACTIONS_KEPT)
@@ -218,7 +219,7 @@ class Session:
             held_out_loss=self._held_out_loss,
             seeds=tuple(self._seed_signal(seed, None) for seed in self._host.seeds.values()),
             actions=tuple(self._actions),
-            layers=tuple(self._latest.layers),
+            layers=tuple(self._layers.values()),
             decisions_applied=self.decisions_applied,
             decisions_refused=self.decisions_refused,
             failure=self.failure,
@@ -294,6 +295,7 @@ class Session:
         )
         self._reports += 1
         self._latest = report
+        self._layers.update((signal.layer, signal) for signal in sample.layers)
         self._train_loss = _first_and_last(self._train_loss, sample.train_loss)
         self._held_out_loss = _first_and_last(self._held_out_loss, held_out)
         self._publish(event_pb2.KIND_TELEMETRY, health_report=report)

@@ -542,12 +542,15 @@ class Command(message.Message):
     ACTION_FIELD_NUMBER: builtins.int
     DECIDED_AT_STEP_FIELD_NUMBER: builtins.int
     EXPIRES_AFTER_STEP_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
     decision_id: builtins.str
     """The decision that it carries out. Applying it twice does nothing the second time."""
     decided_at_step: builtins.int
     """Step of the state that it was decided on."""
     expires_after_step: builtins.int
     """Step after which it is refused as expired. 0 means never."""
+    reason: builtins.str
+    """The reason of the decision, for the host's own log and summary. Empty where there is none."""
     @builtins.property
     def target(self) -> Target:
         """Where."""
@@ -564,10 +567,11 @@ class Command(message.Message):
         action: Action | None = ...,
         decided_at_step: builtins.int = ...,
         expires_after_step: builtins.int = ...,
+        reason: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["action", b"action", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["action", b"action", "decided_at_step", b"decided_at_step", "decision_id", b"decision_id", "expires_after_step", b"expires_after_step", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["action", b"action", "decided_at_step", b"decided_at_step", "decision_id", b"decision_id", "expires_after_step", b"expires_after_step", "reason", b"reason", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
