@@ -466,6 +466,37 @@ async def test_a_damaged_record_ends_the_readers_stream_with_data_loss(bus, stre
     assert "offset 0 is damaged" in str(caught.value.details())
 
 
+@pytest.mark.parametrize("group", ["", "g"])
+async def test_a_record_that_is_missing_ends_the_readers_stream_with_data_loss(
+    bus, open_stream, stream, publish, group
+):
+    for first in (1, 2, 3):
+        await stream.answer(publish=publish(first))
+    await bus.stop()
+    await bus.start(cache_bytes=0)
+    bus.log._connection.execute("DELETE FROM frames WHERE first_offset = 1")
+    async with open_stream(bus.target) as reader:
+        await reader.answer(subscribe=subscribe(start=EARLIEST, group=group))
+        await reader.send(grant=grant(3))
+        code, detail = await reader.status()
+    assert (code, detail) == (grpc.StatusCode.DATA_LOSS, "log 2: the record at offset 1 is missing")
+
+
+async def test_readers_survive_a_purge_under_their_feet(bus, stream, publish):
+    await stream.answer(subscribe=subscribe(1, start=EARLIEST))
+    await stream.answer(subscribe=subscribe(2, start=EARLIEST, group="g"))
+    for first in range(1, 40):
+        await stream.answer(publish=publish(first))
+        await bus.broker.purge(EVENTS, first)
+        if (first % 5) == 0:
+            for _ in range(2):
+                await stream.next("closed")
+            for number, group in ((1, ""), (2, "g")):
+                await stream.answer(subscribe=subscribe(number, start=EARLIEST, group=group))
+                await stream.send(grant=grant(1, subscription_id=number))
+    assert (await stream.answer(publish=publish(40))).published.first_offset == 39
+
+
 async def test_topics_are_listed_and_described_with_their_groups(bus, stream, publish):
     await stream.answer(publish=publish(1, 3))
     await stream.answer(subscribe=subscribe(group="g"))

@@ -84,15 +84,15 @@ class SharedGroup:
                 return False
             cursor = self.state.cursor
             frames = await self._topic.read(cursor)
-            if self.state.cursor != cursor:
-                return True  # Moved meanwhile.
+            if self.state.cursor != cursor or not frames or frames[0].first_offset > cursor:
+                return True  # Moved or purged meanwhile: look again.
             for frame in frames:
                 skip = self.state.cursor - frame.first_offset
                 run_ids = [event.run_id for event in frame.events[skip:]]
                 self.state.route(self.state.cursor, frame.first_offset, run_ids, self.run_ids)
         if len(self.state.members) > 1:
             self._topic.wake()
-        return bool(frames)
+        return True
 
     def _is_full_or_through(self) -> bool:
         return self.state.waiting >= _MAX_WAITING or self.state.cursor >= self._topic.bounds.next

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 from esperml.oona.frames import Frame, FrameCache, decode
+from esperml.oona.log import LogDamagedError
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Sequence
 
     from esperml.oona.log import Appended, Log, TopicBounds
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 # Bytes read from the log at once, for readers that are behind.
 _READ_BYTES: Final = 2**20
+# How often, and at what distance, to look again for a record that is not there before the log counts as damaged.
+_PURGE_LOOKS: Final = 50
+_PURGE_PAUSE_S: Final = 0.01
 
 
 class Topic:
@@ -63,15 +67,26 @@ class Topic:
         return self._cache.get(first_offset)
 
     async def read(self, offset: int) -> list[Frame]:
-        """Frames from the one that holds ``offset``, or the next that is there, in order; some, not all.
+        """Frames from the one that holds ``offset`` on, in order; some, not all. Where that was purged, the next.
 
         Raises:
-            LogDamagedError: what is stored cannot be read.
+            LogDamagedError: what is stored cannot be read, or is not there.
         """
         if (frame := self._cache.get(offset)) is not None:
             return self._cached_run(frame)
-        frames = []
+        for _ in range(_PURGE_LOOKS):
+            frames = await self._read_log(offset)
+            if (frames and frames[0].first_offset <= offset) or not self.bounds.earliest <= offset < self.bounds.next:
+                return frames
+            # The reading thread has seen a purge that this one is about to hear of.
+            await asyncio.sleep(_PURGE_PAUSE_S)
+        raise LogDamagedError(f"log {self.kind}: the record at offset {offset} is missing")
+
+    async def _read_log(self, offset: int) -> list[Frame]:
+        frames: list[Frame] = []
         for stored in await self._log.read(self.kind, offset, _READ_BYTES):
+            if frames and stored.first_offset != frames[-1].end:
+                break  # Readers count on frames that follow one another; whoever comes to the gap is told of it.
             frame = self._cache.get(stored.first_offset)
             if frame is None:
                 frame = decode(self.kind, stored)
