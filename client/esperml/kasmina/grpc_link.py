@@ -32,6 +32,8 @@ MAX_OTHERS: Final = 4096
 
 _FRAME_EVENTS: Final = 64
 _LINGER_S: Final = 0.02
+_UNREACHED_TIMEOUT_S: Final = 1.0
+_SETTLE_S: Final = 0.02
 
 
 class GrpcLink:
@@ -100,10 +102,10 @@ class GrpcLink:
         return LinkStatistics(self._reports_dropped, self._others_dropped, self._sender_seconds, connected)
 
     def close(self, timeout_s: float) -> None:
-        """Send what is left, for at most ``timeout_s`` seconds, and end the thread."""
+        """Send what is left, for at most ``timeout_s`` seconds, 1 s where there is no server, and end the thread."""
         self._closing = True
         self._notify()
-        self._thread.join(timeout_s)
+        self._thread.join(timeout_s if self.statistics().connected else min(timeout_s, _UNREACHED_TIMEOUT_S))
         if self._thread.is_alive():
             self._call_soon(self._cancel)
             self._thread.join()
@@ -145,6 +147,9 @@ class GrpcLink:
             self._oona = oona
             async with oona.subscribe(event_pb2.KIND_COMMANDS, run_ids=[self._run_id]) as subscription:
                 await _first_of(self._send(oona), self._read(subscription))
+        # gRPC hands late events of a closed stream to its loop through any other loop of the process, which complains
+        # aloud where that loop is gone.
+        await asyncio.sleep(_SETTLE_S)
 
     async def _read(self, subscription: Subscription) -> None:
         async for record in subscription:

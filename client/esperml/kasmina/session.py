@@ -39,7 +39,7 @@ _MODES: Final[Mapping[str, decision_pb2.Mode.ValueType]] = {
     "advise": decision_pb2.MODE_ADVISE,
     "act": decision_pb2.MODE_ACT,
 }
-_CLOSE_TIMEOUT_S: Final = 5.0
+CLOSE_TIMEOUT_S: Final = 5.0
 _ACTIONS_KEPT: Final = 1000
 _HOLD_STEPS: Final = TamiyoSettings().hold_steps
 
@@ -376,7 +376,7 @@ class Session:
         self._telemetry.disarm()
         ended = run_pb2.RunEnded(step=self.steps, end=end, error=error, run=self._latest.run)
         self._publish(event_pb2.KIND_EVENTS, run_ended=ended)
-        self._link.close(_CLOSE_TIMEOUT_S)
+        self._link.close(CLOSE_TIMEOUT_S)
 
 
 def _finite(value: float | None) -> float | None:
