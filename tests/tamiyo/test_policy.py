@@ -41,10 +41,10 @@ def random_state(seed, layers, edges, places):
 def test_the_fast_path_says_what_the_network_says(seed, layers, edges, places):
     torch.manual_seed(seed)
     network = PolicyNetwork(PolicyConfig(VOCABULARY, hidden=16)).eval()
-    graph = extract(random_state(seed, layers, edges, places), VOCABULARY)
+    host = collate([extract(random_state(seed, layers, edges, places), VOCABULARY)])
     with torch.no_grad():
-        expected = network(collate([graph]))
-    found = FastPolicy(network)(graph)
+        expected = network(host)
+    found = FastPolicy(network)(host)
     for name in ("adapt_logit", "place_logits", "blueprint_logits", "value"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
 

@@ -84,7 +84,7 @@ def answer(policy: Policy, verdict: Verdict) -> tamiyo_pb2.DecideResponse:
     """The answer to a caller."""
     scores, graph = verdict.scores, verdict.state.graph
     into = np.bincount(
-        np.fromiter(graph.places.targets, dtype=np.int64), weights=scores.places, minlength=len(graph.layers)
+        np.array(graph.places.targets, dtype=np.int64), weights=scores.places, minlength=len(graph.layers)
     )
     column = {name: index for index, name in enumerate(verdict.blueprints)}
     best = np.argsort(-scores.places, kind="stable")[:MAX_PLACES]

@@ -35,9 +35,9 @@ def from_column(column: graph_pb2.Column, size: int) -> Array:
     """
     if not column.values:
         return absent(size)
-    values = np.fromiter(column.values, dtype=np.float64, count=size)
+    values = np.array(column.values, dtype=np.float64)
     if column.absent:
-        values[np.fromiter(column.absent, dtype=np.int64)] = np.nan
+        values[np.array(column.absent, dtype=np.int64)] = np.nan
     return values
 
 
@@ -89,4 +89,4 @@ def optional(message: health_pb2.RunMeasures | health_pb2.SeedSignal, field: str
 
 def indices(values: Sequence[int]) -> NDArray[np.int64]:
     """A packed index list as an array of shape ``[len(values)]``."""
-    return np.fromiter(values, dtype=np.int64, count=len(values))
+    return np.array(values, dtype=np.int64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esperml.tamiyo.graphs import GraphTensors, collate
+from esperml.tamiyo.graphs import GraphBatch
 from esperml.tamiyo.policy import MessageLayer, PolicyNetwork, PolicyOutput
 
 
@@ -28,18 +28,22 @@ class FastPolicy:
         self._layers = [layer for layer in network.messages if isinstance(layer, MessageLayer)]
         self._weights = [layer.side_by_side() for layer in self._layers]
 
-    def __call__(self, graph: GraphTensors) -> PolicyOutput:
-        """What the network says of one host; equal to ``network(collate([graph]))`` to float tolerance."""
+    def __call__(self, host: GraphBatch) -> PolicyOutput:
+        """What the network says of one host; equal to ``network(host)`` to float tolerance.
+
+        Args:
+            host: a batch of one.
+        """
         with torch.inference_mode():
-            size, kinds = graph.node.shape[0], len(graph.edge_index)
-            senders, targets, weights = normalised_edges(graph.edge_index, size)
-            h = torch.relu(self._network.encode_node(graph.node))
+            size, kinds = host.node.shape[0], len(host.edge_index)
+            senders, targets, weights = normalised_edges(host.edge_index, size)
+            h = torch.relu(self._network.encode_node(host.node))
             for layer, side_by_side in zip(self._layers, self._weights, strict=True):
                 # Row n * kinds + k: what layer n says along edges of kind k.
                 said = (h @ side_by_side).view(size * kinds, -1)
                 messages = torch.zeros_like(h).index_add_(0, targets, said.index_select(0, senders).mul_(weights))
                 h = layer.update(h, messages)
-            return self._network.read_out(h, collate([graph]))
+            return self._network.read_out(h, host)
 
 
 def normalised_edges(edge_index: tuple[Tensor, ...], size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,7 +101,7 @@ def allowed_blueprints(state: graph_pb2.ModelGraphState, vocabulary: Sequence[st
         bits = state.mask.blueprints
     else:
         return np.zeros((places, len(vocabulary)), dtype=np.bool_)
-    masks = np.fromiter(bits, dtype=np.uint64, count=places)
+    masks = np.array(bits, dtype=np.uint64)
     allowed = np.zeros((places, len(vocabulary)), dtype=np.bool_)
     position = {name: bit for bit, name in enumerate(state.graph.blueprints)}
     for column, name in enumerate(vocabulary):

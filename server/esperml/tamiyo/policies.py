@@ -112,8 +112,8 @@ class GcnPolicy:
         graph = extract(state, vocabulary)
         extracted = time.perf_counter()
         with torch.inference_mode():
-            output = self._fast(graph)
             batch = collate([graph])
+            output = self._fast(batch)
             places = place_log_probabilities(output, batch).exp()
             blueprints = blueprint_log_probabilities(output, batch).exp()
             possible = bool(graph.allowed.any())

@@ -252,7 +252,7 @@ def apply_masks(situation: Situation) -> Masked:
     """
     state = situation.state
     fits = state.mask.blueprints if state.HasField("mask") and state.mask.may_adapt else state.graph.places.blueprints
-    bits: Bits = np.fromiter(fits, dtype=np.uint64, count=len(situation.targets))
+    bits: Bits = np.array(fits, dtype=np.uint64)
     findings = []
     for rule in MASKS:
         removal = rule(situation)

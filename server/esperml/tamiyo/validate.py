@@ -232,11 +232,15 @@ def _check_column(column: graph_pb2.Column, size: int, bounds: tuple[float, floa
         return
     _check_length(len(column.values), size, f"{field}.values", "the layers or places")
     _check_indices(column.absent, size, f"{field}.absent")
-    values = np.fromiter(column.values, dtype=np.float64, count=size)
-    values[np.fromiter(column.absent, dtype=np.int64)] = bounds[0] if math.isfinite(bounds[0]) else 0.0
-    wrong = np.flatnonzero(~((values >= bounds[0]) & (values <= bounds[1]) & np.isfinite(values)))
-    if len(wrong):
-        _check_number(float(values[wrong[0]]), bounds, f"{field}.values[{wrong[0]}]")
+    values = np.array(column.values, dtype=np.float64)
+    if column.absent:
+        values[np.array(column.absent, dtype=np.int64)] = bounds[0] if math.isfinite(bounds[0]) else 0.0
+    # NaN passes through min and max, and compares false.
+    low, high = float(values.min()), float(values.max())
+    if bounds[0] <= low and high <= bounds[1] and math.isfinite(low) and math.isfinite(high):
+        return
+    wrong = np.flatnonzero(~((values >= bounds[0]) & (values <= bounds[1]) & np.isfinite(values)))[0]
+    _check_number(float(values[wrong]), bounds, f"{field}.values[{wrong}]")
 
 
 def _check_number(value: float, bounds: tuple[float, float], field: str) -> None:
