@@ -414,9 +414,9 @@ def test_the_summary_tells_what_was_seen(case, bench):
         train(here, session, 5)
         with torch.no_grad():
             here.model[0].bias.fill_(-100)
-        train(here, session, 20)
+        train(here, session, 40)
     text = str(session.summary())
-    assert "run r (act): 25 steps, 5 reports" in text
+    assert "run r (act): 45 steps, 9 reports" in text
     assert "0: 100% of its units never respond" in text
     assert "held-out loss" in text
     assert "overhead" in text

@@ -122,8 +122,9 @@ def test_the_first_report_measures_all_layers_and_then_each_has_its_turn(case):
     here = case("residual")
     telemetry = Telemetry(kasmina.host_of(here.model))
     assert len(measure(here, telemetry=telemetry).layers) == 4
-    seen = [by_name(measure(here, telemetry=telemetry)) for _ in range(TURNS)]
-    assert [list(names) for names in seen] == [["stem"], ["inner"], ["outer"], ["head"]]
+    seen = [list(by_name(measure(here, telemetry=telemetry))) for _ in range(2 * TURNS)]
+    assert [name for names in seen for name in names] == ["stem", "inner", "outer", "head"] * 2
+    assert max(map(len, seen)) == 1
 
 
 def test_latency_has_a_variance_from_the_second_pass_on(case):
@@ -133,7 +134,10 @@ def test_latency_has_a_variance_from_the_second_pass_on(case):
     assert first.latency_mean > 0
     assert first.throughput == pytest.approx(16 / first.latency_mean, rel=1e-5)
     assert not first.HasField("latency_variance")
-    assert by_name(measure(here, telemetry=telemetry))["0"].HasField("latency_variance")
+    later = {}
+    for _ in range(TURNS):
+        later.update(by_name(measure(here, telemetry=telemetry)))
+    assert later["0"].HasField("latency_variance")
 
 
 def test_what_was_not_measured_is_absent(case):

@@ -31,7 +31,7 @@ MAX_OTHERS: Final = 4096
 """Events and outcomes that wait to be sent; likewise."""
 
 _FRAME_EVENTS: Final = 64
-_LINGER_S: Final = 0.02
+_LINGER_S: Final = 0.05
 _UNREACHED_TIMEOUT_S: Final = 1.0
 _SETTLE_S: Final = 0.02
 

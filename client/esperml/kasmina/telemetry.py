@@ -23,8 +23,8 @@ from esperml.kasmina.probes import Kept, Probe
 from esperml.kasmina.relations import Relations
 from esperml.v1 import health_pb2
 
-TURNS: Final = 4
-"""Reports until each layer's turn has come again."""
+TURNS: Final = 8
+"""Reports until each layer's turn has come again. Small hosts have reports in which no layer is measured."""
 
 MAX_ENTRIES: Final = 8192
 """Most entries of a parameter's gradient, evenly spread, that are compared with what vanishes and explodes."""
@@ -100,14 +100,10 @@ class Telemetry:
         return sample
 
     def _whose_turn(self) -> Sequence[int]:
-        count = len(self._probes)
-        if self._next is None:
-            self._next = 0
-            return range(count)
-        size = math.ceil(count / TURNS)
-        turn = [(self._next + i) % count for i in range(size)]
-        self._next = (self._next + size) % count
-        return turn
+        """All layers at first, then an eighth of them, so that each comes once in :data:`TURNS` reports."""
+        count, turn = len(self._probes), self._next
+        self._next = 0 if turn is None else (turn + 1) % TURNS
+        return range(count) if turn is None else range(turn * count // TURNS, (turn + 1) * count // TURNS)
 
     def _layer(self, index: int, kept: Kept, ledger: Ledger) -> health_pb2.EnhancedHealthSignal:
         """The measures of one layer but for those that relate it to others."""
