@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,21 +40,29 @@ def test_config_show_refuses_an_unknown_key_by_name() -> None:
     assert "tamiyo.polcy (from file esper.toml): is unknown; did you mean tamiyo.policy?" in result.output
 
 
-def test_help_lists_every_command_without_importing_torch_and_answers_fast() -> None:
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=["esper", *COMMANDS])
+def test_help_answers_fast_because_it_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom esperml.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'grpc', 'rich', 'pydantic'} & set(sys.modules)\n"
+        f"try:\n    main({[*arguments, '--help']!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'grpc', 'google.protobuf', 'numpy', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     durations = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = os.times()
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        durations.append(time.perf_counter() - started)
+        ended = os.times()
+        # Processor time of the child: other work on the machine must not fail the test.
+        durations.append(ended.children_user - before.children_user + ended.children_system - before.children_system)
         assert result.returncode == 0, result.stderr
-        assert all(name in result.stdout for name in COMMANDS)
+        assert "Usage:" in result.stdout
     assert min(durations) < 0.3
+
+
+def test_help_lists_every_command() -> None:
+    said = CliRunner().invoke(main, ["--help"]).stdout
+    assert [name for name in COMMANDS if name not in said] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

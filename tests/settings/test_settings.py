@@ -79,3 +79,7 @@ def test_a_file_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pyte
 
 def test_a_flag_that_was_not_given_changes_nothing() -> None:
     assert load(environment={}, flags={"server.port": None}) == load(environment={})
+
+
+def test_variables_that_say_where_to_connect_are_no_settings() -> None:
+    assert load(environment={"ESPER_TARGET": "example:1", "ESPER_TOKEN": "secret"}) == load(environment={})

@@ -33,7 +33,7 @@ COMMANDS: Final = {
     "demo": Mount("esperml.demo.cli:demo", "trainer", "Grow two real networks under Tamiyo and show what came of it."),
     "serve": Mount("esperml.server.cli:serve", "server", "Run Oona and Tamiyo."),
     "trainer": Mount("esperml.trainer.cli:trainer", "trainer", "Collect experience, train Tamiyo on it, look at both."),
-    "topics": Mount("esperml.oona.cli:topics", "server", "Look into the bus: topics, groups, records as they come."),
+    "topics": Mount("esperml.cli.topics:topics", "", "Look into the bus: topics, groups, records as they come."),
     "bench": Mount("esperml.bench.cli:bench", "trainer", "Measure latency against a floor in the same run."),
     "config": Mount("esperml.cli.config:config", "", "Show the settings in force and where each came from."),
 }

@@ -19,6 +19,8 @@ from esperml.settings.model import Settings
 
 ENVIRONMENT_PREFIX: Final = "ESPER_"
 CONFIG_VARIABLE: Final = "ESPER_CONFIG"
+NOT_SETTINGS: Final = frozenset({CONFIG_VARIABLE, "ESPER_TARGET", "ESPER_TOKEN"})
+"""Variables that say which file to read, or where and as whom a command connects."""
 DEFAULT_FILE: Final = Path("esper.toml")
 
 
@@ -85,7 +87,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
 
 def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
     for name, value in environment.items():
-        if name.startswith(ENVIRONMENT_PREFIX) and name != CONFIG_VARIABLE:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in NOT_SETTINGS:
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1)
             yield key, value, f"environment {name}"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 
-import structlog
-
 from esperml.settings.model import LogSettings
 
 
 def configure_logging(settings: LogSettings) -> None:
     """Set the level and the format of the log of this process."""
+    import structlog  # It imports rich, for which `--help` must not wait.
+
     renderer: structlog.types.Processor = (
         structlog.processors.JSONRenderer()
         if settings.format == "json"

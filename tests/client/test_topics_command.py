@@ -6,7 +6,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from esperml.oona.cli import topics
+from esperml.cli.topics import topics
 from esperml.v1 import event_pb2, oona_pb2
 
 EVENTS = event_pb2.KIND_EVENTS

@@ -1,32 +1,34 @@
-"""``esper topics``: looks into a bus over gRPC."""
+"""``esper topics``: looks into a bus over gRPC.
+
+gRPC is imported when a command runs, so that ``--help`` is fast.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import uuid
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from google.protobuf import json_format
-
-from esperml.client import CallFailedError, EsperError, OonaClient
-from esperml.contract import kind_name, parse_kind
-from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from esperml.client import OonaClient
+    from esperml.v1 import event_pb2, oona_pb2
 
 _T = TypeVar("_T")
 
 
-class KindType(click.ParamType[event_pb2.Kind.ValueType]):
+class KindType(click.ParamType["event_pb2.Kind.ValueType"]):
     """A kind by its short name."""
 
     name = "kind"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> event_pb2.Kind.ValueType:
         """The kind of that name, or a usage error that lists the names there are."""
+        from esperml.contract import parse_kind
+
         try:
             return parse_kind(str(value))
         except ValueError as error:
@@ -60,6 +62,8 @@ def topics(ctx: click.Context, target: str, token: str | None) -> None:
 @click.pass_context
 def list_topics(ctx: click.Context, as_json: bool) -> None:
     """List the topics: how much each holds."""
+    from esperml.contract import kind_name
+
     found = _run(_client(ctx).topics())
     if not as_json:
         click.echo(f"{'topic':<12}{'earliest':>12}{'next':>12}{'bytes':>16}")
@@ -128,6 +132,8 @@ async def _tail(
     start: oona_pb2.StartAt,
     until: int | None,
 ) -> None:
+    from google.protobuf import json_format
+
     # A server that is not there should say so at once, not be waited for.
     await client.describe(kind)
     async with client, client.subscribe(kind, run_ids=run_ids, start=start, end_offset=until) as subscription:
@@ -136,11 +142,15 @@ async def _tail(
 
 
 def _client(ctx: click.Context) -> OonaClient:
+    from esperml.client import OonaClient
+
     target, token = ctx.obj
     return OonaClient(target, client_id=f"topics-{uuid.uuid4().hex}", token=token)
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:
+    from esperml.client import CallFailedError, EsperError
+
     try:
         return asyncio.run(work)
     except CallFailedError as error:
@@ -150,6 +160,8 @@ def _run(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _start(text: str) -> oona_pb2.StartAt:
+    from esperml.v1 import oona_pb2
+
     match text:
         case "earliest":
             return oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
@@ -162,6 +174,8 @@ def _start(text: str) -> oona_pb2.StartAt:
 
 
 def _topic(topic: oona_pb2.Topic) -> dict[str, str | int]:
+    from esperml.contract import kind_name
+
     return {
         "topic": kind_name(topic.kind),
         "earliest_offset": topic.earliest_offset,
