@@ -78,7 +78,7 @@ def test_the_report_says_what_was_decided_why_and_what_became_of_it(story: DemoS
         "without it the held-out loss would be +0.200",
         "reward +0.310",
         "keep seed-1",
-        "1 more decision",
+        "One more decision was to leave",
         "shipped 0123456789ab",
     ):
         assert said in text

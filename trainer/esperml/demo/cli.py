@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import click
+
+_PIPE_WIDTH: Final = 110
 
 
 @click.command()
@@ -39,6 +42,8 @@ def demo(out: Path, seed: int, repeats: int, policy: str, quick: bool, live: boo
 
     torch.set_num_threads(1)
     console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
     live = live and console.is_terminal
     out.mkdir(parents=True, exist_ok=True)
     plan = QUICK_PLAN if quick else PLAN

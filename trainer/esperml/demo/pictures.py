@@ -280,8 +280,11 @@ def _draw_layer(
     dark = health is not None and (health < 0.18 or health > 0.85)
     axes.text(x, y, shown, ha="center", va="center", fontsize=9, color="white" if dark else INK, zorder=5)
     shape = f"{_size(spec.input_shape)} → {_size(spec.output_shape)}"
-    axes.text(x, y - height / 2 - 0.1, spec.name, ha="center", va="top", fontsize=9.5, color=INK, fontweight="bold")
-    axes.text(x, y - height / 2 - 0.38, shape, ha="center", va="top", fontsize=8.5, color=MUTED)
+    for words, below, size, colour, weight in ((spec.name, 4, 9.5, INK, "bold"), (shape, 17, 8.5, MUTED, "normal")):
+        axes.annotate(
+            words, (x, y - height / 2), xytext=(0, -below), textcoords="offset points", ha="center", va="top",
+            fontsize=size, color=colour, fontweight=weight,
+        )  # fmt: skip
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -189,9 +189,10 @@ def _decisions(run: RunStory) -> str:
     quiet = len(run.decisions) - len(run.actions)
     items = "".join(_decision(decision, run) for decision in run.actions)
     listed = f'<ol class="decisions">{items}</ol>' if items else "<p>Nothing was done.</p>"
-    return (
-        f"{listed}<p class='fate'>{quiet} more decisions were to leave the network as it was.</p>" if quiet else listed
-    )
+    if not quiet:
+        return listed
+    words = "One more decision was" if quiet == 1 else f"{quiet} more decisions were"
+    return f"{listed}<p class='rest'>{words} to leave the network as it was.</p>"
 
 
 def _decision(decision: decision_pb2.AdaptationDecision, run: RunStory) -> str:

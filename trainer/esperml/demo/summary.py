@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -73,7 +72,7 @@ def _twin(twin: TwinResult) -> dict[str, float | int]:
 def table(story: DemoStory) -> Table:
     """The figures of the first repeat as a table for a terminal."""
     result = Table(
-        box=SIMPLE,
+        box=None,
         padding=(0, 1),
         title="Three twins of each host, from the same weights and data order",
         caption="Loss (nats) and accuracy; decisions sent/applied/refused; overhead: Esper's share of the time.",
