@@ -23,7 +23,7 @@ from esperml.kasmina.probes import Kept, Probe
 from esperml.kasmina.relations import Relations
 from esperml.v1 import health_pb2
 
-TURNS: Final = 8
+TURNS: Final = 4
 """Reports until each layer's turn has come again. Small hosts have reports in which no layer is measured."""
 
 MAX_ENTRIES: Final = 8192
@@ -100,7 +100,7 @@ class Telemetry:
         return sample
 
     def _whose_turn(self) -> Sequence[int]:
-        """All layers at first, then an eighth of them, so that each comes once in :data:`TURNS` reports."""
+        """All layers at first, then a part of them, so that each comes once in :data:`TURNS` reports."""
         count, turn = len(self._probes), self._next
         self._next = 0 if turn is None else (turn + 1) % TURNS
         return range(count) if turn is None else range(turn * count // TURNS, (turn + 1) * count // TURNS)

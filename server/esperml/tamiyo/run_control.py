@@ -350,6 +350,7 @@ class RunControl:
                     action=decision.action,
                     decided_at_step=decision.step,
                     expires_after_step=decision.expires_after_step,
+                    reason=decision.reason,
                 )
             )
             outgoing.append((event_pb2.KIND_COMMANDS, sent))
