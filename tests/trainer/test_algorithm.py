@@ -16,7 +16,7 @@ import torch
 from esperml.tamiyo import checkpoint
 from esperml.tamiyo.policy import PolicyConfig, PolicyNetwork
 from esperml.trainer import snapshots
-from esperml.trainer.algorithm import AdvantageWeightedActorCritic, AdvantageWeightedConfig, _ranking_loss
+from esperml.trainer.algorithm import AdvantageWeightedActorCritic, AdvantageWeightedConfig
 from esperml.trainer.batches import Batch, judged, opinion, returns_of
 from esperml.trainer.likelihood import Distribution
 from esperml.trainer.replay import ReplayBuffer, Step
@@ -180,9 +180,10 @@ def test_what_behaviour_did_often_is_not_learnt_for_being_frequent(steps: list[S
 
 def test_the_better_place_is_preferred_by_its_advantage(steps: list[Step]) -> None:
     batch = _bandit(steps, [(0, 0.5, 0.5), (1, 0.5, 0.0)])
-    policy = _train(batch, temperature=0.5, graft_coefficient=0.0)
+    policy = _train(batch, temperature=1.0, graft_coefficient=0.0)
     graft = policy.where[:2] + policy.what[:2, 0]
-    assert float(graft[0] - graft[1]) == pytest.approx(1.0, abs=0.1)  # (0.5 - 0) / temperature
+    # The difference of the returns, 0.5, over temperature times their standard deviation, 0.25.
+    assert float(graft[0] - graft[1]) == pytest.approx(0.5 / (1.0 * 0.25), rel=0.05)
 
 
 def test_a_ranking_says_nothing_of_what_was_not_tried(steps: list[Step]) -> None:
@@ -191,7 +192,7 @@ def test_a_ranking_says_nothing_of_what_was_not_tried(steps: list[Step]) -> None
     output = algorithm.network(batch.graphs)
     scores = Distribution.of(output, batch.graphs).where
     scores.retain_grad()
-    loss = _ranking_loss(scores[:2], torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
+    loss = algorithm._ranking_loss(scores[:2], torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     loss.backward()
     assert scores.grad is not None
     assert scores.grad[:2].abs().min() > 0
@@ -199,11 +200,12 @@ def test_a_ranking_says_nothing_of_what_was_not_tried(steps: list[Step]) -> None
 
 
 def test_a_ranking_is_the_cross_entropy_between_two_softmaxes() -> None:
-    scores, exponent = torch.tensor([0.1, -0.4, 2.0, 9.0]), torch.tensor([1.0, 0.0, -1.0, 5.0])
-    loss = _ranking_loss(scores, exponent, torch.tensor([0, 0, 0, 1]))
-    expected = -(torch.softmax(exponent[:3], 0) * torch.log_softmax(scores[:3], 0)).sum()
-    assert float(loss) == pytest.approx(float(expected))
-    assert float(_ranking_loss(scores, exponent, torch.arange(4))) == 0.0
+    algorithm = AdvantageWeightedActorCritic(_network(), AdvantageWeightedConfig(temperature=2.0, noise=0.1))
+    scores, advantage = torch.tensor([0.1, -0.4, 2.0, 9.0]), torch.tensor([0.3, 0.0, -0.3, 5.0])
+    loss = algorithm._ranking_loss(scores, advantage, torch.tensor([0, 0, 0, 1]))
+    target = torch.softmax(advantage[:3] / (2.0 * math.sqrt(0.06 + 0.01)), 0)
+    assert float(loss) == pytest.approx(float(-(target * torch.log_softmax(scores[:3], 0)).sum()))
+    assert float(algorithm._ranking_loss(scores, advantage, torch.arange(4))) == 0.0
 
 
 @pytest.mark.parametrize(("gain", "adapts"), [(0.5, True), (-0.5, False)])

@@ -98,7 +98,7 @@ def test_training_says_what_was_read_how_it_went_and_what_to_do_next(recording: 
     result = _esper("train", recording.parent, "--out", tmp_path / "new", *QUICK)
     assert "36 of 36 experiences from 1 recordings are used" in result.output
     assert "4/4" in result.output
-    assert "selection_loss" in result.output
+    assert "policy_gain" in result.output
     assert f"esper serve --policy {tmp_path / 'new'}" in result.output
 
 

@@ -84,7 +84,9 @@ def test_a_training_leaves_a_policy_its_state_and_its_metrics(dataset: Dataset, 
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert [line["step"] for line in lines] == [6, 12]
     assert lines[-1]["validation"] == metrics
-    assert state.best == min(line["validation"]["selection_loss"] for line in lines)
+    assert state.best == max(
+        line["validation"].get("policy_gain_low", line["validation"]["policy_gain"]) for line in lines
+    )
     best, latest = checkpoint.load(tmp_path), checkpoint.load(tmp_path / LATEST)
     assert best.metadata.notes["step"] == str(state.best_step)
     assert latest.metadata.notes["step"] == "12"

@@ -38,16 +38,19 @@ class AdvantageWeightedConfig:
     :mod:`esperml.trainer.returns`, and A = R - V(s)::
 
         critic  = mean Huber(V(s) - G)
-        graft   = - mean W log pi(where, what | s)                                    over what was germinated
-        ranking = - mean q log softmax(log pi(where, what | s)),  q = softmax(A / t)  each softmax over one host
-        whether = - mean U log pi(whether | s)                                        over decisions with a choice
+        graft   = - mean W log pi(where, what | s)                                      over what was germinated
+        ranking = - mean q log softmax(log pi(where, what | s)),  q = softmax(A / t_h)  each softmax over one host
+        whether = - mean U log pi(whether | s)                                          over decisions with a choice
         loss    = whether + graft_coefficient graft + ranking + value_coefficient critic - entropy_coefficient H(pi)
 
-    with t = temperature * sigma, sigma being the standard deviation of advantages in the replay buffer, and weights of
-    mean one::
+    with weights of mean one::
 
-        W ~ exp(A / t) / mu(where, what | s)                                          over the batch
-        U ~ exp(A' / t) rho / mu(whether | s)                                         over the host, or the batch
+        W ~ exp(A / t) / mu(where, what | s)                                            over the batch
+        U ~ exp(A' / t) rho / mu(whether | s)                                           over the host, or the batch
+
+    t is temperature times the standard deviation of advantages in the replay buffer. t_h is temperature times
+    sqrt(v_h + noise^2), where v_h is the variance of the advantages on the host: where there is little to gain it
+    matters as much what gains it, unless it is noise.
 
     rho = pi(where, what) / mu(where, what) for what adapted, 1 for the rest: adapting is judged by where and what the
     *policy* would do, not by what chance did. A' is A averaged, with weights rho, over the decisions on one host that
@@ -59,6 +62,8 @@ class AdvantageWeightedConfig:
         gamma: discount of one decision, 0 to 1. Rewards of an episode add up to its final gain; 1 leaves it at that.
         lambda_: of the returns, 0 to 1.
         temperature: in standard deviations of the advantage; smaller trusts the best that was tried more.
+        noise: standard deviation of returns that is due to chance, in units of the reward. Repeats of a small host
+            differ by about 0.01 in the logarithm of their loss.
         weight_clip: largest exp(A / t) outside a ranking, and largest weight.
         importance_clip: largest correction 1 / mu and largest ratio rho, relative to their means over the batch.
         graft_coefficient: weight of the graft's loss beside the ranking. It is what teaches where to grow on hosts that
@@ -76,6 +81,7 @@ class AdvantageWeightedConfig:
     gamma: float = 1.0
     lambda_: float = 0.95
     temperature: float = 0.5
+    noise: float = 0.02
     weight_clip: float = 20.0
     importance_clip: float = 10.0
     graft_coefficient: float = 0.05
@@ -95,7 +101,7 @@ class AdvantageWeightedConfig:
         for name in ("graft_coefficient", "value_coefficient", "entropy_coefficient", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 0")
-        for name in ("temperature", "huber_delta", "learning_rate", "gradient_clip"):
+        for name in ("temperature", "noise", "huber_delta", "learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, must be above 0")
         for name in ("weight_clip", "importance_clip", "batch_size", "refresh_steps"):
@@ -159,14 +165,15 @@ class AdvantageWeightedActorCritic:
         whether, where, what = batch.log_likelihood(policy)
         graft = where + what
         with torch.no_grad():
-            exponent = (batch.returns - output.value) / (self.config.temperature * batch.advantage_scale)
+            advantage = batch.returns - output.value
+            exponent = advantage / (self.config.temperature * batch.advantage_scale)
             graft_weight = self._graft_weights(batch, exponent)
             whether_weight = self._whether_weights(batch, exponent, graft)
         choices = batch.may_adapt.sum().clamp(min=1)
         return Losses(
             whether=-(whether_weight * whether).sum() / choices,
             graft=-(graft_weight * graft).sum() / batch.adapted.sum().clamp(min=1),
-            ranking=_ranking_loss(graft[batch.adapted], exponent[batch.adapted], batch.host[batch.adapted]),
+            ranking=self._ranking_loss(graft[batch.adapted], advantage[batch.adapted], batch.host[batch.adapted]),
             critic=functional.huber_loss(output.value, batch.targets, delta=self.config.huber_delta),
             entropy=(policy.entropy() * batch.may_adapt).sum() / choices,
         )
@@ -196,6 +203,25 @@ class AdvantageWeightedActorCritic:
         weight = torch.where(both, compared, _mean_one(self._bounded_exp(shared) * correction, alone))
         return weight.clamp(max=self.config.weight_clip)
 
+    def _ranking_loss(self, scores: Tensor, advantage: Tensor, host: Tensor) -> Tensor:
+        """The listwise loss over k grafts, averaged over those on a host with several; zero where there is none.
+
+        Args:
+            scores: [k] log-probabilities.
+            advantage: [k] advantages.
+            host: [k] number of the host.
+        """
+        same = _same(host)
+        count = same.sum(dim=1)
+        listed = count > 1
+        if not listed.any():
+            return scores.sum() * 0.0
+        variance = same @ (advantage - same @ advantage / count).square() / count + self.config.noise**2
+        exponent = advantage / (self.config.temperature * variance.sqrt())
+        target = exponent - _group_logsumexp(exponent, same)
+        likelihood = scores - _group_logsumexp(scores, same)
+        return -(target.exp() * likelihood * count)[listed].mean()
+
     def _bounded_exp(self, exponent: Tensor) -> Tensor:
         return exponent.clamp(max=math.log(self.config.weight_clip)).exp()
 
@@ -208,26 +234,9 @@ class AdvantageWeightedActorCritic:
         return _mean_one((log_weight - peak).exp(), where).clamp(max=self.config.importance_clip)
 
 
-def _ranking_loss(scores: Tensor, exponent: Tensor, host: Tensor) -> Tensor:
-    """The listwise loss over k grafts, averaged over those on a host with several; zero where there is none.
-
-    Args:
-        scores: [k] log-probabilities.
-        exponent: [k] advantages divided by the temperature.
-        host: [k] number of the host.
-    """
-    same = _same(host).bool()
-    listed = same.sum(dim=1) > 1
-    if not listed.any():
-        return scores.sum() * 0.0
-    target = exponent - _group_logsumexp(exponent, same)
-    likelihood = scores - _group_logsumexp(scores, same)
-    return -(target.exp() * likelihood * same.sum(dim=1))[listed].mean()
-
-
 def _group_logsumexp(values: Tensor, same: Tensor) -> Tensor:
     """[k] log of the sum of exp over each element's group."""
-    return values.expand(len(values), -1).masked_fill(~same, -torch.inf).logsumexp(dim=1)
+    return values.expand(len(values), -1).masked_fill(same == 0, -torch.inf).logsumexp(dim=1)
 
 
 def _mean_one(weight: Tensor, where: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ trainer.add_command(collect)
 @click.option(
     "--validation-fraction", type=float, default=0.2, show_default=True, help="Share of the hosts that is held out."
 )
-@click.option("--evaluate-every", type=click.IntRange(1), default=100, show_default=True, help="Updates in between.")
+@click.option("--evaluate-every", type=click.IntRange(1), default=50, show_default=True, help="Updates in between.")
 @click.option("--patience", type=click.IntRange(1), help="Evaluations without a better one before stopping early.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, split and batches.")
 @_DEVICE

@@ -13,9 +13,6 @@ from esperml.trainer.metrics import judge
 from esperml.trainer.replay import Step
 from esperml.trainer.returns import Returns
 
-SELECTION = "selection_loss"
-"""Name of the metric that is least for the best policy."""
-
 _CHUNK = 512
 
 
@@ -35,6 +32,19 @@ def evaluate(
     return judge(judged(steps, returns.returns, held))
 
 
+def selection_score(metrics: dict[str, float]) -> float | None:
+    """The number that is greatest for the best policy: what its decisions gain over behaviour's, by the lower bound.
+
+    The bound, not the estimate, because a policy that rests on few recorded decisions is easily overrated (Thomas et
+    al., 2015, "High-confidence off-policy evaluation"). Losses rank policies less well: a policy that grows sure of
+    itself gains more and yet pays for every surprise.
+
+    Returns:
+        None where the gain could not be measured.
+    """
+    return metrics.get("policy_gain_low", metrics.get("policy_gain"))
+
+
 def held_out_losses(
     algorithm: AdvantageWeightedActorCritic,
     steps: Sequence[Step],
@@ -45,8 +55,7 @@ def held_out_losses(
     """The losses that training minimises, on ``steps``, averaged over the decisions that each is about.
 
     Returns:
-        ``<name>_loss`` for each loss that has something to judge, and :data:`SELECTION`, the sum of those by which
-        policies are compared; empty where there is no step.
+        ``<name>_loss`` for each loss that has something to judge; empty where there is no step.
     """
     if not steps:
         return {}
@@ -70,9 +79,7 @@ def held_out_losses(
             for name, count in (("whether", choices), ("graft", grafts), ("ranking", grafts), ("critic", len(chunk))):
                 totals[name] += float(getattr(losses, name)) * count
                 counts[name] += count
-    means = {f"{name}_loss": totals[name] / counts[name] for name in totals if counts[name]}
-    # What decides which policy is best: the rest of the loss leans on the critic or is a means to an end.
-    return means | {SELECTION: means.get("whether_loss", 0.0) + means.get("ranking_loss", 0.0)}
+    return {f"{name}_loss": totals[name] / counts[name] for name in totals if counts[name]}
 
 
 def _chunks(steps: Sequence[Step]) -> Iterator[list[int]]:

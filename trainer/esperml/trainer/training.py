@@ -2,7 +2,7 @@
 
 The folder that is trained into holds
 
-* the best policy so far, ready to be served: the one with the least selection loss on held-out hosts;
+* the best policy so far, ready to be served: the one that surely gains most on held-out hosts;
 * ``latest/``: the policy as it is, with everything that resuming needs;
 * ``replay.sqlite``: the replay buffer;
 * ``metrics.jsonl``: one line an evaluation.
@@ -28,7 +28,7 @@ from esperml.trainer import snapshots
 from esperml.trainer.algorithm import AdvantageWeightedActorCritic, AdvantageWeightedConfig
 from esperml.trainer.batches import Batch, returns_of
 from esperml.trainer.dataset import Dataset
-from esperml.trainer.evaluation import SELECTION, evaluate, held_out_losses
+from esperml.trainer.evaluation import evaluate, held_out_losses, selection_score
 from esperml.trainer.replay import ReplayBuffer, Step
 from esperml.trainer.returns import Returns
 from esperml.trainer.sampling import GroupSampler
@@ -66,7 +66,7 @@ class TrainingSettings:
     layers: int = 3
     capacity: int = 100_000
     validation_fraction: float = 0.2
-    evaluate_every: int = 100
+    evaluate_every: int = 50
     patience: int | None = None
     seed: int = 0
 
@@ -251,8 +251,8 @@ class Training:
     def _evaluate_and_save(self, losses: Mapping[str, float]) -> dict[str, float]:
         metrics = self._evaluate()
         state = self.state
-        score = metrics.get(SELECTION)
-        if score is None or state.best is None or score < state.best:
+        score = selection_score(metrics)
+        if score is None or state.best is None or score > state.best:
             state.best, state.best_step, state.stale = score, state.step, 0
         else:
             state.stale += 1
