@@ -62,7 +62,9 @@ class GrpcLink:
         self._commands: deque[decision_pb2.Command] = deque()
         self._sender_seconds = 0.0
         self._oona: OonaClient | None = None
+        self._in_flight = 0
         self._closing = False
+        self._all_sent: bool | None = None  # Known once it is closed.
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
         self._main: asyncio.Task[None] | None = None
@@ -98,7 +100,7 @@ class GrpcLink:
     def statistics(self) -> LinkStatistics:
         """What the link did so far."""
         oona = self._oona
-        connected = oona is not None and oona.is_connected
+        connected = self._all_sent if self._all_sent is not None else oona is not None and oona.is_connected
         return LinkStatistics(self._reports_dropped, self._others_dropped, self._sender_seconds, connected)
 
     def close(self, timeout_s: float) -> None:
@@ -109,7 +111,8 @@ class GrpcLink:
         if self._thread.is_alive():
             self._call_soon(self._cancel)
             self._thread.join()
-        left = len(self._reports) + len(self._others)
+        left = len(self._reports) + len(self._others) + self._in_flight
+        self._all_sent = left == 0
         if left:
             _log.warning("events_not_sent", target=self._target, run_id=self._run_id, events=left)
 
@@ -159,10 +162,12 @@ class GrpcLink:
         while True:
             kind, events = self._take()
             if events:
+                self._in_flight = len(events)
                 try:
                     await oona.publish(kind, events)
                 except (RejectedError, FrameTooLargeError) as error:
                     _log.warning("events_refused", kind=kind_name(kind), events=len(events), error=str(error))
+                self._in_flight = 0
             elif self._closing:
                 return
             else:

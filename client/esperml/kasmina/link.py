@@ -22,7 +22,7 @@ class LinkStatistics:
         reports_dropped: reports that were dropped, oldest first, because they could not be sent.
         others_dropped: events of other kinds that were dropped for the same reason.
         sender_seconds: processor time that the link spent on threads of its own, in s.
-        connected: whether the other side can be reached now.
+        connected: whether the other side can be reached now; of a closed link, whether it sent everything.
     """
 
     reports_dropped: int = 0

@@ -19,7 +19,7 @@ class Summary:
         steps: optimizer steps.
         reports: reports that were made.
         reports_dropped: reports that could not be sent.
-        connected: whether the server can be reached now.
+        connected: whether the server can be reached; of a closed session, whether it was sent everything.
         overhead: share of the time since the start that Esper took, evaluation excluded; ``None`` before the first
             report.
         host_parameters: parameters of the host before anything grew.
