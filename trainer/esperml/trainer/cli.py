@@ -21,6 +21,10 @@ _DEVICE = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
     help="Where to compute; auto takes a GPU if there is one.",
 )  # fmt: skip
+_THREADS = click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True,
+    help="Threads that torch may use on a CPU; hosts are small graphs, for which one is fastest.",
+)  # fmt: skip
 _CLUSTER = click.option(
     "--cluster-label", default="", help="Hold out by this label of the runs, for example family, not by twin."
 )
@@ -73,6 +77,7 @@ trainer.add_command(collect)
 @click.option("--patience", type=click.IntRange(1), help="Evaluations without a better one before stopping early.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, split and batches.")
 @_DEVICE
+@_THREADS
 @_CLUSTER
 @click.option("--resume", is_flag=True, help="Go on with the training in the folder, recordings added if given.")
 @click.pass_context
@@ -83,6 +88,7 @@ def train(
     out: Path,
     epochs: float | None,
     device: str,
+    threads: int,
     cluster_label: str,
     resume: bool,
     **options: Any,
@@ -99,6 +105,8 @@ def train(
         esper trainer train runs/experience --out policies/mine --learning-rate 0.001 --batch-size 128 --patience 5
         esper trainer train --out policies/mine --resume --steps 4000
     """
+    import torch
+
     from esperml.tamiyo.checkpoint import CheckpointError
     from esperml.trainer.dataset import DatasetError
     from esperml.trainer.replay import ReplayError
@@ -107,6 +115,7 @@ def train(
 
     if not recordings and not resume:
         raise click.UsageError("Name at least one recording, or a folder of them.")
+    torch.set_num_threads(threads)
     given = {
         name: value
         for name, value in options.items()
