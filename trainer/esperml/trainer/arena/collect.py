@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -119,7 +121,7 @@ def _each(
         return
     # Spawned, not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=quiet_process) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
         futures = [pool.submit(collect_host, paths[index], specs[index], collection) for index in missing]
         try:
             for future in as_completed(futures):
@@ -127,6 +129,19 @@ def _each(
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _begin_worker() -> None:
+    """Prepare a worker, and see that it does not outlive the collection: a killed parent cannot tell it to stop."""
+    quiet_process()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def collect_host(path: Path, spec: HostSpec, collection: Collection) -> None:
