@@ -85,7 +85,7 @@ async def test_what_is_malformed_stops_neither_its_run_nor_another(tools, tmp_pa
 class Failing(ChancePolicy):
     """A policy with a defect."""
 
-    def judge(self, state, vocabulary):
+    def judge(self, view, vocabulary):
         raise RuntimeError("a defect")
 
 

@@ -13,13 +13,15 @@ from esperml.tamiyo.engine import Options, decide, set_urgency
 from esperml.tamiyo.policies import ChancePolicy, GcnPolicy, PolicyFacts, Scores
 from esperml.tamiyo.rewards import LossCurve, paired_reward
 from esperml.tamiyo.rules import Situation
+from esperml.tamiyo.view import StateView
 from esperml.v1 import decision_pb2, graph_pb2, health_pb2
 
 VOCABULARY = ("low_rank", "mlp", "gate")
 
 
 def situation(tools, **changes):
-    return Situation(**{"state": tools.state(), "vocabulary": None, "health_threshold": 1.0, **changes})
+    state = changes.pop("state", None) or tools.state()
+    return Situation(**{"view": StateView(state), "vocabulary": None, "health_threshold": 1.0, **changes})
 
 
 def findings(masked):
@@ -145,7 +147,9 @@ def test_what_is_reserved_for_commands_under_way_is_not_given_twice(tools):
 def test_masks_only_ever_take_away_and_count_what_they_take(tools, bits, embargo, waiting, threshold):
     state = tools.state()
     state.graph.places.blueprints[:] = bits
-    masked = rules.apply_masks(Situation(state, ("mlp", "gate"), threshold, embargo=embargo, waiting=waiting))
+    masked = rules.apply_masks(
+        Situation(StateView(state), ("mlp", "gate"), threshold, embargo=embargo, waiting=waiting)
+    )
     left = list(masked.mask.blueprints) or [0] * 7
     assert all(now & ~before == 0 for now, before in zip(left, bits, strict=True))
     taken = sum(before.bit_count() - now.bit_count() for now, before in zip(left, bits, strict=True))
@@ -171,7 +175,7 @@ class Fixed:
             **{"name": "fixed", "version": "1", "kind": "fixed", "vocabulary": VOCABULARY, **facts}
         )
 
-    def judge(self, state, vocabulary):
+    def judge(self, view, vocabulary):
         return self.scores
 
 

@@ -56,14 +56,14 @@ def ask(
         CheckpointError: the shipped policy was asked for and cannot be loaded.
         FeatureVersionError: the policy reads other features than the caller counts on.
     """
-    check_state(state)
+    view = check_state(state)
     policy = policies.get(options.policy)
     if options.HasField("feature_version") and options.feature_version != policy.facts.feature_version:
         raise FeatureVersionError(options.feature_version, policy.facts.feature_version)
-    parameters = max(1, sum(layer.parameters for layer in state.graph.layers))
+    parameters = max(1, int(view.specs.parameters.sum()))
     state.limits.CopyFrom(limits.resolve(state.limits, settings, parameters))
     situation = Situation(
-        state=state,
+        view=view,
         vocabulary=policy.facts.vocabulary,
         health_threshold=_threshold(options, "health_threshold", settings.health_threshold),
     )
@@ -88,18 +88,17 @@ def answer(policy: Policy, verdict: Verdict) -> tamiyo_pb2.DecideResponse:
     )
     column = {name: index for index, name in enumerate(verdict.blueprints)}
     best = np.argsort(-scores.places, kind="stable")[:MAX_PLACES]
+    probabilities, blueprints = scores.places[best].tolist(), scores.blueprints[best].tolist()
     response = tamiyo_pb2.DecideResponse(
         decision=verdict.decision,
         adapt_probability=scores.adapt,
         places=[
             tamiyo_pb2.PlaceScore(
-                place=int(place),
-                probability=scores.places[place],
-                blueprints=[
-                    scores.blueprints[place, column[name]] if name in column else 0.0 for name in graph.blueprints
-                ],
+                place=place,
+                probability=probability,
+                blueprints=[given[column[name]] if name in column else 0.0 for name in graph.blueprints],
             )
-            for place in best
+            for place, probability, given in zip(best.tolist(), probabilities, blueprints, strict=True)
         ],
         layer_scores=into.tolist(),
         rules=verdict.decision.rules,

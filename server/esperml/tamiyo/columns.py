@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -23,22 +24,31 @@ def absent(size: int) -> Array:
     return np.full(size, np.nan)
 
 
-def from_column(column: graph_pb2.Column, size: int) -> Array:
-    """The values of a column, NaN where absent.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Columns side by side, one a row.
 
-    Args:
-        column: a column of a state that was validated: no values, or ``size`` of them.
-        size: number of layers or places.
-
-    Returns:
-        Array of shape ``[size]``.
+    Attributes:
+        values: ``[M, N]``, NaN where absent.
+        known: what was sent and not marked absent, ``[M, N]``. A NaN that was sent is known, and wrong.
     """
-    if not column.values:
-        return absent(size)
-    values = np.array(column.values, dtype=np.float64)
-    if column.absent:
-        values[np.array(column.absent, dtype=np.int64)] = np.nan
-    return values
+
+    values: Array
+    known: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, columns: Sequence[graph_pb2.Column], size: int) -> Table:
+        """Unpack ``columns``: each has no values, or ``size`` of them, and marks none absent that it does not have."""
+        values = np.full((len(columns), size), np.nan)
+        known = np.zeros((len(columns), size), dtype=np.bool_)
+        for row, column in enumerate(columns):
+            if column.values:
+                values[row] = column.values
+                known[row] = True
+                if column.absent:
+                    known[row, column.absent] = False
+                    values[row, column.absent] = np.nan
+        return cls(values, known)
 
 
 def to_column(values: Array) -> graph_pb2.Column:
@@ -52,13 +62,15 @@ def to_column(values: Array) -> graph_pb2.Column:
     )
 
 
-def layer_arrays(columns: graph_pb2.LayerColumns, size: int) -> dict[str, Array]:
-    """Every measure of the layers by name, each of shape ``[size]``."""
-    return {name: from_column(getattr(columns, name), size) for name in LAYER_MEASURES}
+def columns_of(
+    message: graph_pb2.LayerColumns | graph_pb2.PlaceColumns, names: Sequence[str]
+) -> list[graph_pb2.Column]:
+    """The columns of a message in the order of ``names``."""
+    return [getattr(message, name) for name in names]
 
 
 def layer_columns(arrays: dict[str, Array]) -> graph_pb2.LayerColumns:
-    """The message of :func:`layer_arrays`. Measures without any value are left out."""
+    """The message that holds a measure of the layers in each column. Measures without any value are left out."""
     columns = graph_pb2.LayerColumns()
     for name, values in arrays.items():
         packed = to_column(values)
@@ -67,13 +79,8 @@ def layer_columns(arrays: dict[str, Array]) -> graph_pb2.LayerColumns:
     return columns
 
 
-def place_arrays(columns: graph_pb2.PlaceColumns, size: int) -> dict[str, Array]:
-    """Every measure of the places by name, each of shape ``[size]``."""
-    return {name: from_column(getattr(columns, name), size) for name in PLACE_MEASURES}
-
-
 def place_columns(arrays: dict[str, Array]) -> graph_pb2.PlaceColumns:
-    """The message of :func:`place_arrays`."""
+    """The message that holds a measure of the places in each column."""
     columns = graph_pb2.PlaceColumns()
     for name, values in arrays.items():
         packed = to_column(values)

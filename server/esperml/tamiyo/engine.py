@@ -74,7 +74,7 @@ def decide(
     state = situation.state
     state.mask.CopyFrom(masked.mask)
     blueprints = tuple(state.graph.blueprints) if policy.facts.vocabulary is None else policy.facts.vocabulary
-    scores = policy.judge(state, blueprints)
+    scores = policy.judge(situation.view, blueprints)
     draws = options.sample or policy.facts.always_draws
     choice = _draw(scores, generator) if draws else _most_probable(scores)
     decision = decision_pb2.AdaptationDecision(

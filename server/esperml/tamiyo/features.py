@@ -14,17 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from esperml.tamiyo import health
-from esperml.tamiyo.columns import Array, place_arrays
 from esperml.tamiyo.feature_names import GRAPH_FEATURES, NODE_FEATURES, PLACE_FEATURES
 from esperml.tamiyo.graph_features import graph_features
 from esperml.tamiyo.graphs import EDGE_KINDS, GraphBatch, GraphTensors, collate
 from esperml.tamiyo.node_features import node_features
 from esperml.tamiyo.place_features import place_features
-from esperml.tamiyo.squash import finite
-from esperml.tamiyo.topology import Topology
 from esperml.tamiyo.view import StateView
 from esperml.v1 import graph_pb2
 
@@ -39,6 +34,7 @@ __all__ = [
     "allowed_blueprints",
     "collate",
     "extract",
+    "tensors",
 ]
 
 FEATURE_VERSION = 1
@@ -58,29 +54,26 @@ def extract(state: graph_pb2.ModelGraphState, vocabulary: Sequence[str]) -> Grap
     Returns:
         Tensors of float32, int64 and bool, all finite.
     """
-    topology = Topology.of(state.graph)
-    size, places = len(state.graph.layers), len(state.graph.places.sources)
-    view = StateView(
-        state=state,
-        topology=topology,
-        layers=health.state_arrays(state, topology),
-        places=place_arrays(state.places, places),
-    )
-    dataflow = topology.dataflow
+    return tensors(StateView(state), vocabulary)
+
+
+def tensors(view: StateView, vocabulary: Sequence[str]) -> GraphTensors:
+    """The tensors of a state that was unpacked already; see :func:`extract`."""
+    topology = view.topology
     edges = {
         "forward": topology.forward,
-        "reverse": np.concatenate([dataflow[::-1], topology.recurrent], axis=1),
+        "reverse": np.concatenate([topology.dataflow[::-1], topology.recurrent], axis=1),
         "residual": topology.residual,
         "span": topology.span,
     }
     return GraphTensors(
-        node=_tensor(node_features(view), NODE_FEATURES, size),
+        node=torch.from_numpy(node_features(view)),
         edge_index=tuple(torch.from_numpy(np.ascontiguousarray(edges[kind])) for kind in EDGE_KINDS),
         place_source=torch.from_numpy(view.place_source),
         place_target=torch.from_numpy(view.place_target),
-        place=_tensor(place_features(view), PLACE_FEATURES, places),
-        allowed=torch.from_numpy(allowed_blueprints(state, vocabulary)),
-        graph=_tensor(graph_features(view), GRAPH_FEATURES, 1)[0],
+        place=torch.from_numpy(place_features(view)),
+        allowed=torch.from_numpy(allowed_blueprints(view.state, vocabulary)),
+        graph=torch.from_numpy(graph_features(view)[0]),
     )
 
 
@@ -103,15 +96,8 @@ def allowed_blueprints(state: graph_pb2.ModelGraphState, vocabulary: Sequence[st
         return np.zeros((places, len(vocabulary)), dtype=np.bool_)
     masks = np.array(bits, dtype=np.uint64)
     allowed = np.zeros((places, len(vocabulary)), dtype=np.bool_)
-    position = {name: bit for bit, name in enumerate(state.graph.blueprints)}
-    for column, name in enumerate(vocabulary):
-        if name in position:
-            allowed[:, column] = (masks >> np.uint64(position[name])) & np.uint64(1)
+    bit_of = {name: bit for bit, name in enumerate(state.graph.blueprints)}
+    columns = [column for column, name in enumerate(vocabulary) if name in bit_of]
+    shifts = np.array([bit_of[vocabulary[column]] for column in columns], dtype=np.uint64)
+    allowed[:, columns] = (masks[:, None] >> shifts) & np.uint64(1)
     return allowed
-
-
-def _tensor(columns: dict[str, Array], names: Sequence[str], size: int) -> Tensor:
-    table = np.empty((size, len(names)), dtype=np.float32)
-    for position, name in enumerate(names):
-        table[:, position] = columns[name]
-    return torch.from_numpy(finite(table))

@@ -12,9 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from esperml.tamiyo.columns import Array, absent, from_column, layer_arrays
+from esperml.tamiyo.columns import Array
 from esperml.tamiyo.topology import Topology
-from esperml.v1 import graph_pb2
 
 HISTORY_LENGTH: Final = 16
 """Earlier reports that a trend looks back on."""
@@ -41,9 +40,9 @@ def gradient_flow(vanishing_fraction: Array, exploding_fraction: Array) -> Array
     The two are disjoint, so their sum is the share of entries that do not train. Where one was not measured the other
     stands alone; where neither was, the result is absent.
     """
-    unknown = np.isnan(vanishing_fraction) & np.isnan(exploding_fraction)
-    lost = np.nan_to_num(vanishing_fraction) + np.nan_to_num(exploding_fraction)
-    return np.where(unknown, np.nan, np.clip(1.0 - lost, 0.0, 1.0))
+    no_vanishing, no_exploding = np.isnan(vanishing_fraction), np.isnan(exploding_fraction)
+    lost = np.where(no_vanishing, 0.0, vanishing_fraction) + np.where(no_exploding, 0.0, exploding_fraction)
+    return np.where(no_vanishing & no_exploding, np.nan, np.maximum(1.0 - lost, 0.0))
 
 
 def expressivity(expressivity_bottleneck: Array) -> Array:
@@ -183,23 +182,3 @@ def derive(arrays: dict[str, Array], health_history: Array, topology: Topology) 
         "downstream_health": topology.mean_over_targets(present),
         "layer_position": topology.depth(),
     }
-
-
-def state_arrays(state: graph_pb2.ModelGraphState, topology: Topology) -> dict[str, Array]:
-    """Every measure of a state's layers, the derived ones computed anew from its raw ones.
-
-    So a state means the same whoever made it, with the derived columns or without them.
-
-    Args:
-        state: a validated state of N layers.
-        topology: of the same layers.
-
-    Returns:
-        One array of shape ``[N]`` for each measure of the contract.
-    """
-    size = len(state.graph.layers)
-    arrays = layer_arrays(state.layers, size)
-    points = [from_column(point.health, size) for point in state.history]
-    history = np.stack(points) if points else absent(0).reshape(0, size)
-    arrays.update(derive(arrays, history, topology))
-    return arrays

@@ -2,114 +2,135 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
+from numpy.typing import NDArray
 
 from esperml.tamiyo.columns import Array, absent
-from esperml.tamiyo.feature_names import LAYER_TYPES
-from esperml.tamiyo.squash import Squash, log_scale, rank, ratio, steep, unit
+from esperml.tamiyo.feature_names import LAYER_TYPES, NODE_FEATURES
+from esperml.tamiyo.sheet import Sheet, Value
 from esperml.tamiyo.view import StateView
 
-SIZE: Squash = log_scale(1.0, 1e4)
-COUNT: Squash = log_scale(1.0, 10.0)
-STEPS: Squash = log_scale(1.0, 1e4)
-EFFECT: Squash = log_scale(1e-2, 1.0)
+SIZE: Final = (1.0, 1e4)
+COUNT: Final = (1.0, 10.0)
+STEPS: Final = (1.0, 1e4)
+EFFECT: Final = (1e-2, 1.0)
 
-_MEASURES: dict[str, Squash] = {
-    "activation_mean": log_scale(1e-2, 100.0),
-    "activation_variance": log_scale(1e-4, 100.0),
-    "dead_fraction": unit,
-    "effective_rank": unit,
-    "gradient_norm": log_scale(1e-6, 1.0),
-    "gradient_to_weight": log_scale(1e-6, 1.0),
-    "vanishing_fraction": unit,
-    "exploding_fraction": unit,
-    "expressivity_bottleneck": unit,
-    "throughput_trend": steep,
-    "input_autocorrelation": unit,
-    "health": unit,
-    "health_trend": steep,
-    "stability": unit,
-    "readiness": unit,
-    "upstream_health": unit,
-    "downstream_health": unit,
-    "layer_position": unit,
-    "steps_since_adaptation": STEPS,
-}
-_RANKED = ("effective_rank", "dead_fraction", "gradient_norm", "expressivity_bottleneck", "health")
-
-
-def node_features(view: StateView) -> dict[str, Array]:
-    """Every feature of :data:`~esperml.tamiyo.feature_names.NODE_FEATURES`, ``[N]`` each, NaN where not known."""
-    columns = _architecture(view)
-    for name, values in (_measured(view) | _relative(view)).items():
-        columns[name] = values
-        columns[f"{name}_known"] = (~np.isnan(values)).astype(np.float64)
-    return columns
-
-
-def _architecture(view: StateView) -> dict[str, Array]:
-    topology, size = view.topology, view.topology.size
-    sources, targets = topology.dataflow
-    in_degree = np.bincount(targets, minlength=size).astype(np.float64)
-    out_degree = np.bincount(sources, minlength=size).astype(np.float64)
-    residual = np.bincount(topology.residual[1], minlength=size).astype(np.float64)
-    types = {f"type_{name}": (view.layer_type == value).astype(np.float64) for name, value in LAYER_TYPES.items()}
-    return {
-        **types,
-        "log_parameters": log_scale(1.0, 1e6)(view.parameters),
-        "log_in_elements": SIZE(view.in_elements),
-        "log_out_elements": SIZE(view.out_elements),
-        "log_in_width": SIZE(view.in_width),
-        "log_out_width": SIZE(view.out_width),
-        "spatial_in": view.spatial_in,
-        "spatial_out": view.spatial_out,
-        "out_to_in_width": ratio(view.out_width, view.in_width),
-        "in_to_widest": ratio(view.in_width, view.in_width.max()),
-        "in_to_narrowest": ratio(view.in_width, view.in_width.min()),
-        "out_to_widest": ratio(view.out_width, view.out_width.max()),
-        "out_to_host_input": ratio(view.out_width, view.in_width[0]),
-        "out_to_host_output": ratio(view.out_width, view.out_width[-1]),
-        "in_rank": rank(view.in_width),
-        "out_rank": rank(view.out_width),
-        "in_degree": COUNT(in_degree),
-        "out_degree": COUNT(out_degree),
-        "residual_degree": COUNT(residual),
-        "is_first": (in_degree == 0).astype(np.float64),
-        "is_last": (out_degree == 0).astype(np.float64),
-        "live_seeds": COUNT(view.count_at_targets(view.count_at_places(view.live_seeds))),
-        "fossils": COUNT(view.count_at_targets(view.count_at_places(view.fossils))),
-        "adaptation_count": COUNT(view.layers["adaptation_count"]),
-    }
+_SHEET: Final = Sheet(
+    NODE_FEATURES,
+    {
+        "log_parameters": (1.0, 1e6),
+        "log_in_elements": SIZE,
+        "log_out_elements": SIZE,
+        "log_in_width": SIZE,
+        "log_out_width": SIZE,
+        "in_degree": COUNT,
+        "out_degree": COUNT,
+        "residual_degree": COUNT,
+        "live_seeds": COUNT,
+        "fossils": COUNT,
+        "adaptation_count": COUNT,
+        "activation_mean": (1e-2, 100.0),
+        "activation_variance": (1e-4, 100.0),
+        "gradient_norm": (1e-6, 1.0),
+        "gradient_to_weight": (1e-6, 1.0),
+        "log_memory": (1.0, 1e9),
+        "log_flops": (1.0, 1e9),
+        "steps_since_adaptation": STEPS,
+        "last_effect": EFFECT,
+    },
+)
+_AS_MEASURED: Final = (
+    "dead_fraction",
+    "effective_rank",
+    "vanishing_fraction",
+    "exploding_fraction",
+    "expressivity_bottleneck",
+    "input_autocorrelation",
+    "health",
+    "stability",
+    "readiness",
+    "upstream_health",
+    "downstream_health",
+    "layer_position",
+)
+_STEEP: Final = ("throughput_trend", "health_trend")
+_RANKED: Final = ("effective_rank", "dead_fraction", "gradient_norm", "expressivity_bottleneck", "health")
 
 
-def _measured(view: StateView) -> dict[str, Array]:
-    layers = view.layers
-    latency, spread = layers["latency_mean"], np.sqrt(layers["latency_variance"])
-    total = np.nansum(latency)
-    return {
-        "activated": view.activated,
-        **{name: squash(layers[name]) for name, squash in _MEASURES.items()},
-        "latency_share": latency / total if total > 0 else absent(len(latency)),
-        "latency_variation": np.where(latency > 0, np.log1p(spread / np.where(latency > 0, latency, 1.0)), np.nan),
-        "log_memory": log_scale(1.0, 1e9)(layers["memory_bytes"]),
-        "log_flops": log_scale(1.0, 1e9)(layers["flops"]),
-        "last_effect": EFFECT(_last_effect(view)),
-    }
+def node_features(view: StateView) -> NDArray[np.float32]:
+    """Every feature of :data:`~esperml.tamiyo.feature_names.NODE_FEATURES`, ``[N, F]``."""
+    layers, specs = view.layers, view.specs
+    size = len(specs.names)
+    sources, targets = view.topology.dataflow
+    in_degree, out_degree = np.bincount(targets, minlength=size), np.bincount(sources, minlength=size)
+    return _SHEET.table(
+        size,
+        raw={
+            **{f"type_{name}": specs.layer_type == value for name, value in LAYER_TYPES.items()},
+            "spatial_in": specs.spatial_in,
+            "spatial_out": specs.spatial_out,
+            "is_first": in_degree == 0,
+            "is_last": out_degree == 0,
+            "activated": specs.activated,
+            **{name: layers[name] for name in _AS_MEASURED},
+            **_latency(layers["latency_mean"], layers["latency_variance"]),
+        },
+        slopes={name: layers[name] for name in _STEEP},
+        ratios=_ratios(view),
+        ranked={
+            "in_rank": specs.in_width,
+            "out_rank": specs.out_width,
+            **{f"{name}_rank": layers[name] for name in _RANKED},
+        },
+        scaled={
+            **layers,
+            "log_parameters": specs.parameters,
+            "log_in_elements": specs.in_elements,
+            "log_out_elements": specs.out_elements,
+            "log_in_width": specs.in_width,
+            "log_out_width": specs.out_width,
+            "in_degree": in_degree,
+            "out_degree": out_degree,
+            "residual_degree": np.bincount(view.topology.residual[1], minlength=size),
+            "live_seeds": view.count_at_targets(view.count_at_places(view.live_seeds)),
+            "fossils": view.count_at_targets(view.count_at_places(view.fossils)),
+            "log_memory": layers["memory_bytes"],
+            "log_flops": layers["flops"],
+            "last_effect": _last_effect(view),
+        },
+    )
 
 
-def _relative(view: StateView) -> dict[str, Array]:
+def _ratios(view: StateView) -> dict[str, tuple[Value, Value]]:
+    read, made = view.specs.in_width, view.specs.out_width
     gradient = view.layers["gradient_norm"]
     known = gradient[~np.isnan(gradient)]
     return {
-        **{f"{name}_rank": rank(view.layers[name]) for name in _RANKED},
-        "gradient_norm_to_host": ratio(gradient, known.mean() if len(known) else 0.0),
-        "in_to_upstream": ratio(view.in_width, view.topology.mean_over_sources(view.in_width)),
-        "out_to_downstream": ratio(view.out_width, view.topology.mean_over_targets(view.out_width)),
+        "out_to_in_width": (made, read),
+        "in_to_widest": (read, read.max()),
+        "in_to_narrowest": (read, read.min()),
+        "out_to_widest": (made, made.max()),
+        "out_to_host_input": (made, read[0]),
+        "out_to_host_output": (made, made[-1]),
+        "gradient_norm_to_host": (gradient, known.mean() if len(known) else 0.0),
+        "in_to_upstream": (read, view.topology.mean_over_sources(read)),
+        "out_to_downstream": (made, view.topology.mean_over_targets(made)),
+    }
+
+
+def _latency(mean: Array, variance: Array) -> dict[str, Array]:
+    """Relative to the host and to itself, so that neither depends on how fast the machine is."""
+    total, some = np.nansum(mean), mean > 0
+    return {
+        "latency_share": mean / total if total > 0 else absent(len(mean)),
+        "latency_variation": np.where(some, np.log1p(np.sqrt(variance) / np.where(some, mean, 1.0)), np.nan),
     }
 
 
 def _last_effect(view: StateView) -> Array:
-    effect = absent(view.topology.size)
+    effect = absent(len(view.specs.names))
     for record in view.state.adaptations:
         if record.HasField("effect"):
             effect[view.place_target[record.place]] = record.effect

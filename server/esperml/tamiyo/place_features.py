@@ -2,83 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 import numpy as np
+from numpy.typing import NDArray
 
 from esperml.tamiyo.columns import Array, absent, indices
+from esperml.tamiyo.feature_names import PLACE_FEATURES
 from esperml.tamiyo.node_features import COUNT, EFFECT, SIZE, STEPS
-from esperml.tamiyo.squash import log_scale, rank, ratio
+from esperml.tamiyo.sheet import Sheet
+from esperml.tamiyo.squash import ratio
 from esperml.tamiyo.view import StateView
+from esperml.v1 import graph_pb2
+
+_SHEET: Final = Sheet(
+    PLACE_FEATURES,
+    {
+        "log_source_width": SIZE,
+        "log_target_width": SIZE,
+        "log_dense_size": (1.0, 1e8),
+        "fossilised": COUNT,
+        "germinated": COUNT,
+        "culled": COUNT,
+        "growth_gradient": (1e-8, 1.0),
+        "affordable_rank": (1.0, 100.0),
+        "last_effect": EFFECT,
+        "steps_since_adaptation": STEPS,
+    },
+)
 
 
-def place_features(view: StateView) -> dict[str, Array]:
-    """Every feature of :data:`~esperml.tamiyo.feature_names.PLACE_FEATURES`, ``[P]`` each, NaN where not known."""
-    columns = _architecture(view) | _past(view)
-    for name, values in (_measured(view) | _last_adaptation(view)).items():
-        columns[name] = values
-        columns[f"{name}_known"] = (~np.isnan(values)).astype(np.float64)
-    return columns
-
-
-def _architecture(view: StateView) -> dict[str, Array]:
-    source, target = view.place_source, view.place_target
-    span_two = source != target
-    read, added = view.in_width[source], view.out_width[target]
-    on_the_way = np.minimum(view.out_width[source], view.in_width[target])
-    bits = [mask.bit_count() for mask in view.state.graph.places.blueprints]
-    return {
-        "span_two": span_two.astype(np.float64),
-        "log_source_width": SIZE(read),
-        "log_target_width": SIZE(added),
-        "target_to_source_width": ratio(added, read),
-        "widening": np.where(span_two, ratio(np.minimum(read, added), on_the_way), 0.0),
-        "log_dense_size": log_scale(1.0, 1e8)(view.in_elements[source] * view.out_elements[target]),
-        "spatial_source": view.spatial_in[source],
-        "spatial_target": view.spatial_out[target],
-        "fitting": np.array(bits, dtype=np.float64) / max(1, len(view.state.graph.blueprints)),
-    }
-
-
-def _past(view: StateView) -> dict[str, Array]:
-    places = len(view.place_source)
-    records = view.state.adaptations
-
-    def count(action: str) -> Array:
-        at = indices([record.place for record in records if record.action == action])
-        return np.bincount(at, minlength=places).astype(np.float64)
-
-    return {
-        "occupied": (view.count_at_places(view.live_seeds) > 0).astype(np.float64),
-        "fossilised": COUNT(view.count_at_places(view.fossils)),
-        "germinated": COUNT(count("germinate")),
-        "culled": COUNT(count("cull")),
-    }
-
-
-def _measured(view: StateView) -> dict[str, Array]:
+def place_features(view: StateView) -> NDArray[np.float32]:
+    """Every feature of :data:`~esperml.tamiyo.feature_names.PLACE_FEATURES`, ``[P, Q]``."""
+    source, target, specs = view.place_source, view.place_target, view.specs
     growth, explained = view.places["growth_gradient"], view.places["explained_error"]
-    source, target = view.place_source, view.place_target
-    limits = view.state.limits
-    affordable = absent(len(source))
-    if limits.HasField("graft_parameter_budget"):
-        affordable = limits.graft_parameter_budget / (view.in_elements[source] + view.out_elements[target])
-    return {
-        "growth_gradient": log_scale(1e-8, 1.0)(growth),
-        "growth_gradient_rank": rank(growth),
-        "growth_gradient_to_best": ratio(growth, _greatest(growth)),
-        "explained_error": explained,
-        "explained_error_rank": rank(explained),
-        "explained_error_to_best": ratio(explained, _greatest(explained)),
-        "affordable_rank": log_scale(1.0, 100.0)(affordable),
-    }
+    read, added = specs.in_width[source], specs.out_width[target]
+    narrowest_on_the_way = np.minimum(specs.out_width[source], specs.in_width[target])
+    read_elements, added_elements = specs.in_elements[source], specs.out_elements[target]
+    limits, records = view.state.limits, view.state.adaptations
+    spans_two = source != target
+    budget = limits.graft_parameter_budget if limits.HasField("graft_parameter_budget") else np.nan
+    effect, since = _last_adaptation(view)
+    return _SHEET.table(
+        len(source),
+        raw={
+            "span_two": spans_two,
+            "widening": np.where(spans_two, ratio(np.minimum(read, added), narrowest_on_the_way), 0.0),
+            "spatial_source": specs.spatial_in[source],
+            "spatial_target": specs.spatial_out[target],
+            "fitting": _fitting(view.state.graph),
+            "occupied": view.count_at_places(view.live_seeds) > 0,
+            "explained_error": explained,
+        },
+        ratios={
+            "target_to_source_width": (added, read),
+            "growth_gradient_to_best": (growth, _greatest(growth)),
+            "explained_error_to_best": (explained, _greatest(explained)),
+        },
+        ranked={"growth_gradient_rank": growth, "explained_error_rank": explained},
+        scaled={
+            "log_source_width": read,
+            "log_target_width": added,
+            "log_dense_size": read_elements * added_elements,
+            "fossilised": view.count_at_places(view.fossils),
+            "germinated": _count(records, "germinate", len(source)),
+            "culled": _count(records, "cull", len(source)),
+            "growth_gradient": growth,
+            "affordable_rank": budget / (read_elements + added_elements),
+            "last_effect": effect,
+            "steps_since_adaptation": since,
+        },
+    )
 
 
-def _last_adaptation(view: StateView) -> dict[str, Array]:
+def _fitting(graph: graph_pb2.HostGraph) -> Array:
+    bits = np.bitwise_count(np.array(graph.places.blueprints, dtype=np.uint64))
+    share: Array = bits / max(1, len(graph.blueprints))
+    return share
+
+
+def _count(records: Sequence[graph_pb2.AdaptationRecord], action: str, places: int) -> NDArray[np.int64]:
+    return np.bincount(indices([record.place for record in records if record.action == action]), minlength=places)
+
+
+def _last_adaptation(view: StateView) -> tuple[Array, Array]:
+    """What the last adaptation at each place did, and how many steps ago it was; ``[P]`` each."""
     effect, since = absent(len(view.place_source)), absent(len(view.place_source))
     for record in view.state.adaptations:
         since[record.place] = max(0, view.state.step - record.step)
         if record.HasField("effect"):
             effect[record.place] = record.effect
-    return {"last_effect": EFFECT(effect), "steps_since_adaptation": STEPS(since)}
+    return effect, since
 
 
 def _greatest(values: Array) -> float:

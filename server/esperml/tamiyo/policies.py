@@ -9,14 +9,13 @@ from datetime import datetime
 from typing import Final, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from esperml.tamiyo import checkpoint
 from esperml.tamiyo.fast import FastPolicy
-from esperml.tamiyo.features import FEATURE_VERSION, allowed_blueprints, collate, extract
-from esperml.tamiyo.policy import PolicyNetwork, blueprint_log_probabilities, place_log_probabilities
-from esperml.v1 import graph_pb2
+from esperml.tamiyo.features import FEATURE_VERSION, allowed_blueprints, tensors
+from esperml.tamiyo.policy import PolicyNetwork
+from esperml.tamiyo.view import StateView
 
 CHANCE_PROBABILITY: Final = 0.5
 EXPLORE_PROBABILITY: Final = 0.3
@@ -78,7 +77,7 @@ class Policy(Protocol):
         """What is known of it."""
         ...
 
-    def judge(self, state: graph_pb2.ModelGraphState, vocabulary: Sequence[str]) -> Scores:
+    def judge(self, view: StateView, vocabulary: Sequence[str]) -> Scores:
         """The distribution over what the state's mask allows, blueprints in the order of ``vocabulary``."""
         ...
 
@@ -106,25 +105,20 @@ class GcnPolicy:
         """The policy of a checkpoint."""
         return cls(name, loaded.network, loaded.version, loaded.metadata)
 
-    def judge(self, state: graph_pb2.ModelGraphState, vocabulary: Sequence[str]) -> Scores:
+    def judge(self, view: StateView, vocabulary: Sequence[str]) -> Scores:
         """See :class:`Policy`."""
         started = time.perf_counter()
-        graph = extract(state, vocabulary)
+        host = tensors(view, vocabulary)
         extracted = time.perf_counter()
-        with torch.inference_mode():
-            batch = collate([graph])
-            output = self._fast(batch)
-            places = place_log_probabilities(output, batch).exp()
-            blueprints = blueprint_log_probabilities(output, batch).exp()
-            possible = bool(graph.allowed.any())
-            return Scores(
-                adapt=float(torch.sigmoid(output.adapt_logit)) if possible else 0.0,
-                places=places.double().numpy(),
-                blueprints=blueprints.double().numpy(),
-                value=float(output.value),
-                features_s=extracted - started,
-                policy_s=time.perf_counter() - extracted,
-            )
+        judgement = self._fast(host)
+        return Scores(
+            adapt=judgement.adapt,
+            places=judgement.places,
+            blueprints=judgement.blueprints,
+            value=judgement.value,
+            features_s=extracted - started,
+            policy_s=time.perf_counter() - extracted,
+        )
 
 
 class ChancePolicy:
@@ -140,9 +134,9 @@ class ChancePolicy:
         self.probability = probability
         self.facts = PolicyFacts(name=name, version=f"p{probability:g}", kind="chance", always_draws=True)
 
-    def judge(self, state: graph_pb2.ModelGraphState, vocabulary: Sequence[str]) -> Scores:
+    def judge(self, view: StateView, vocabulary: Sequence[str]) -> Scores:
         """See :class:`Policy`."""
-        allowed = allowed_blueprints(state, vocabulary).astype(np.float64)
+        allowed = allowed_blueprints(view.state, vocabulary).astype(np.float64)
         choices = allowed.sum(axis=1, keepdims=True)
         total = choices.sum()
         return Scores(

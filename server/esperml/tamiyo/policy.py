@@ -79,10 +79,9 @@ class MessageLayer(nn.Module):
         messages = [convolution(h, edges) for convolution, edges in zip(self.convolutions, edge_index, strict=True)]
         return self.update(h, torch.stack(messages).sum(dim=0))
 
-    def side_by_side(self) -> Tensor:
-        """A copy of the weights of all kinds, transposed, side by side: ``[hidden, kinds * hidden]``."""
-        weights = [convolution.get_parameter("lin.weight").detach().T for convolution in self.convolutions]
-        return torch.cat(weights, dim=1).contiguous()
+    def stacked(self) -> Tensor:
+        """A copy of the weights of all kinds, transposed, one below the other: ``[kinds * hidden, hidden]``."""
+        return torch.cat([convolution.get_parameter("lin.weight").detach().T for convolution in self.convolutions])
 
     def update(self, h: Tensor, messages: Tensor) -> Tensor:
         """The new ``h`` from the summed messages; both ``[N, hidden]``."""

@@ -14,9 +14,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from esperml.tamiyo import health
-from esperml.tamiyo.columns import Array, indices, layer_arrays
-from esperml.tamiyo.view import LIVE_STAGES
+from esperml.tamiyo.columns import LAYER_MEASURES, Array
+from esperml.tamiyo.view import LIVE_STAGES, StateView
 from esperml.v1 import decision_pb2, graph_pb2, health_pb2
 
 Bits = NDArray[np.uint64]
@@ -35,6 +34,7 @@ EVIDENCE: Final = (
 )
 """Measures of which a layer needs at least one before it is judged. Sizes and times do not count: they say nothing of
 how the layer trains."""
+_EVIDENCE_ROWS: Final = [LAYER_MEASURES.index(name) for name in EVIDENCE]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Situation:
     """All that the rules look at.
 
     Attributes:
-        state: the state, with all limits filled in. A mask that it brings is respected.
+        view: the state, with all limits filled in. A mask that it brings is respected.
         vocabulary: blueprints that the policy knows; ``None`` where it takes any.
         health_threshold: layers healthier than this are left alone.
         paused: whether a person paused the run.
@@ -51,7 +51,7 @@ class Situation:
         reserved: parameters that those may take.
     """
 
-    state: graph_pb2.ModelGraphState
+    view: StateView
     vocabulary: Sequence[str] | None
     health_threshold: float
     paused: bool = False
@@ -59,21 +59,20 @@ class Situation:
     waiting: frozenset[int] = frozenset()
     reserved: int = 0
 
-    @cached_property
-    def measures(self) -> dict[str, Array]:
-        """Measures of the layers as the host sent them, ``[N]`` each."""
-        return layer_arrays(self.state.layers, len(self.state.graph.layers))
+    @property
+    def state(self) -> graph_pb2.ModelGraphState:
+        """The message."""
+        return self.view.state
 
-    @cached_property
+    @property
     def health(self) -> Array:
         """Health of each layer, ``[N]``; NaN where not known."""
-        present, _ = health.present_health(self.measures)
-        return present
+        return self.view.layers["health"]
 
-    @cached_property
+    @property
     def targets(self) -> NDArray[np.int64]:
         """Target layer of each place, ``[P]``."""
-        return indices(self.state.graph.places.targets)
+        return self.view.place_target
 
     @cached_property
     def live(self) -> list[health_pb2.SeedSignal]:
@@ -196,9 +195,7 @@ def embargo(situation: Situation) -> Removal | None:
 
 def unmeasured(situation: Situation) -> Removal | None:
     """A layer of which nothing is known cannot be judged."""
-    known = np.zeros(len(situation.state.graph.layers), dtype=np.bool_)
-    for name in EVIDENCE:
-        known |= ~np.isnan(situation.measures[name])
+    known: NDArray[np.bool_] = np.any(situation.view.layer_table.known[_EVIDENCE_ROWS], axis=0)
     places = np.flatnonzero(~known[situation.targets])
     return _at(situation, places, f"{int((~known).sum())} layers have no measures yet")
 

@@ -18,6 +18,7 @@ from esperml.tamiyo.engine import Options, decide
 from esperml.tamiyo.experience import OpenExperience
 from esperml.tamiyo.rewards import LossCurve, paired_reward
 from esperml.tamiyo.run_state import MAX_AHEAD, Flight, RunState
+from esperml.tamiyo.view import StateView
 from esperml.v1 import decision_pb2, event_pb2, experience_pb2, graph_pb2, health_pb2, run_pb2, runs_pb2
 
 Outgoing = list[tuple[event_pb2.Kind.ValueType, event_pb2.Event]]
@@ -285,7 +286,7 @@ class RunControl:
         run = self.run
         places = run.place_index()
         return rules.Situation(
-            state=run.state(),
+            view=StateView(run.state()),
             vocabulary=run.policy.facts.vocabulary,
             health_threshold=self._settings.health_threshold,
             embargo={places[names]: until for names, until in run.embargo.items() if names in places},

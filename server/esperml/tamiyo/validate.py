@@ -6,13 +6,14 @@ Every error is an :class:`~esperml.contract.InvalidFieldError` with the path of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Final, NoReturn
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from esperml.contract import MEASURES, InvalidFieldError
-from esperml.tamiyo.columns import LAYER_MEASURES, PLACE_MEASURES
+from esperml.tamiyo.columns import LAYER_MEASURES, PLACE_MEASURES, Array, Table, columns_of
+from esperml.tamiyo.view import LayerSpecs, StateView
 from esperml.v1 import graph_pb2, health_pb2
 
 MAX_LAYERS: Final = 4096
@@ -31,6 +32,9 @@ _EDGE_KINDS: Final = frozenset(graph_pb2.EdgeKind.values()) - {graph_pb2.EDGE_KI
 _STAGES: Final = frozenset(health_pb2.SeedStage.values()) - {health_pb2.SEED_STAGE_UNSPECIFIED}
 
 _PLACE_RANGES: Final = {"growth_gradient": (0.0, math.inf), "explained_error": (0.0, 1.0)}
+_LAYER_BOUNDS: Final = np.array([(MEASURES[name].low, MEASURES[name].high) for name in LAYER_MEASURES])
+_PLACE_BOUNDS: Final = np.array([_PLACE_RANGES[name] for name in PLACE_MEASURES])
+_HEALTH_BOUNDS: Final = np.array([(MEASURES["health"].low, MEASURES["health"].high)])
 _RUN_RANGES: Final = {
     "train_loss": (-math.inf, math.inf),
     "held_out_loss": (-math.inf, math.inf),
@@ -40,47 +44,43 @@ _RUN_RANGES: Final = {
 }
 
 
-def check_state(state: graph_pb2.ModelGraphState, field: str = "state") -> None:
+def check_state(state: graph_pb2.ModelGraphState, field: str = "state") -> StateView:
     """Check a state from outside.
 
     Args:
         state: the state.
         field: path by which errors name it.
 
+    Returns:
+        The state, unpacked as far as that was needed.
+
     Raises:
         InvalidFieldError: a field is missing, malformed or out of range.
     """
+    view = StateView(state)
     _check_step(state.step, f"{field}.step")
-    check_graph(state.graph, f"{field}.graph")
+    _check_size(state.graph, f"{field}.graph")
+    _check_structure(state.graph, view.specs, f"{field}.graph")
     layers, places = len(state.graph.layers), len(state.graph.places.sources)
-    for name in LAYER_MEASURES:
-        measure = MEASURES[name]
-        _check_column(getattr(state.layers, name), layers, (measure.low, measure.high), f"{field}.layers.{name}")
-    for name in PLACE_MEASURES:
-        _check_column(getattr(state.places, name), places, _PLACE_RANGES[name], f"{field}.places.{name}")
+    paths = [f"{field}.layers.{name}" for name in LAYER_MEASURES]
+    _check_lengths(columns_of(state.layers, LAYER_MEASURES), layers, paths)
+    _check_values(view.layer_table, _LAYER_BOUNDS, paths)
+    paths = [f"{field}.places.{name}" for name in PLACE_MEASURES]
+    _check_lengths(columns_of(state.places, PLACE_MEASURES), places, paths)
+    _check_values(view.place_table, _PLACE_BOUNDS, paths)
     check_run(state.run, f"{field}.run")
-    _check_history(state, layers, f"{field}.history")
+    _check_history(view, f"{field}.history")
     _check_seeds(state.seeds, places, f"{field}.seeds")
     _check_adaptations(state.adaptations, places, f"{field}.adaptations")
     if state.HasField("mask"):
         _check_mask(state.mask, state.graph, f"{field}.mask")
+    return view
 
 
 def check_graph(graph: graph_pb2.HostGraph, field: str) -> None:
     """Check the structure of a host. Raises :class:`InvalidFieldError`."""
-    if not graph.layers:
-        raise InvalidFieldError(f"{field}.layers", "is empty; a host has at least one layer")
-    _check_count(len(graph.layers), MAX_LAYERS, f"{field}.layers")
-    names: set[str] = set()
-    for index, layer in enumerate(graph.layers):
-        name, shapes = layer.name, (layer.input_shape, layer.output_shape)
-        # One look for what is nearly always right; only what is wrong is looked at again, to say what.
-        if not name or name in names or len(name) > MAX_NAME_LENGTH or layer.type not in _LAYER_TYPES or _empty(shapes):
-            _refuse_layer(layer, names, f"{field}.layers[{index}]")
-        names.add(name)
-    _check_edges(graph, f"{field}.edges")
-    _check_blueprints(graph.blueprints, f"{field}.blueprints")
-    _check_places(graph, f"{field}.places")
+    _check_size(graph, field)
+    _check_structure(graph, LayerSpecs.of(graph), field)
 
 
 def check_report(
@@ -119,19 +119,46 @@ def check_report(
     _check_seeds(report.seeds, places, f"{field}.seeds")
 
 
-def _empty(shapes: Iterable[Sequence[int]]) -> bool:
-    return any(0 in shape for shape in shapes)
+def _check_size(graph: graph_pb2.HostGraph, field: str) -> None:
+    if not graph.layers:
+        raise InvalidFieldError(f"{field}.layers", "is empty; a host has at least one layer")
+    _check_count(len(graph.layers), MAX_LAYERS, f"{field}.layers")
 
 
-def _refuse_layer(layer: graph_pb2.LayerSpec, names: set[str], field: str) -> NoReturn:
+def _check_structure(graph: graph_pb2.HostGraph, specs: LayerSpecs, field: str) -> None:
+    # One look at all layers for what is nearly always right; only what is wrong is looked at again, to say what.
+    if not _layers_are_right(specs):
+        names: set[str] = set()
+        for index, layer in enumerate(graph.layers):
+            _check_layer(layer, names, f"{field}.layers[{index}]")
+            names.add(layer.name)
+    _check_edges(graph, f"{field}.edges")
+    _check_blueprints(graph.blueprints, f"{field}.blueprints")
+    _check_places(graph, f"{field}.places")
+
+
+def _layers_are_right(specs: LayerSpecs) -> bool:
+    names = set(specs.names)
+    return (
+        len(names) == len(specs.names)
+        and "" not in names
+        and max(map(len, names)) <= MAX_NAME_LENGTH
+        and _LAYER_TYPES.issuperset(specs.layer_type.tolist())
+        # Shapes have a dimension of 0 where their product is 0, or NaN where it was infinite before.
+        and bool((specs.in_elements > 0).all() and (specs.out_elements > 0).all())
+    )
+
+
+def _check_layer(layer: graph_pb2.LayerSpec, names: set[str], field: str) -> None:
     if not layer.name or len(layer.name) > MAX_NAME_LENGTH:
         raise InvalidFieldError(f"{field}.name", f"must have 1 to {MAX_NAME_LENGTH} characters")
     if layer.name in names:
         raise InvalidFieldError(f"{field}.name", f"is {layer.name!r} again; names are unique")
     if layer.type not in _LAYER_TYPES:
         raise InvalidFieldError(f"{field}.type", "is not a layer type; use LAYER_TYPE_OTHER for what has none")
-    shape = "input_shape" if 0 in layer.input_shape else "output_shape"
-    raise InvalidFieldError(f"{field}.{shape}", "has a dimension of 0; leave the batch dimension out")
+    for shape in ("input_shape", "output_shape"):
+        if 0 in getattr(layer, shape):
+            raise InvalidFieldError(f"{field}.{shape}", "has a dimension of 0; leave the batch dimension out")
 
 
 def _check_edges(graph: graph_pb2.HostGraph, field: str) -> None:
@@ -177,17 +204,18 @@ def _check_mask(mask: graph_pb2.ActionMask, graph: graph_pb2.HostGraph, field: s
             raise InvalidFieldError(f"{field}.blueprints[{index}]", "allows a blueprint that does not fit the place")
 
 
-def _check_history(state: graph_pb2.ModelGraphState, layers: int, field: str) -> None:
+def _check_history(view: StateView, field: str) -> None:
+    state, previous = view.state, 0
     _check_count(len(state.history), MAX_HISTORY, field)
-    health = MEASURES["health"]
-    previous = 0
     for index, point in enumerate(state.history):
         path = f"{field}[{index}]"
         if point.step < previous or point.step > state.step:
             raise InvalidFieldError(f"{path}.step", f"is {point.step}; history runs from old to new, up to the state")
         previous = point.step
         check_run(point.run, f"{path}.run")
-        _check_column(point.health, layers, (health.low, health.high), f"{path}.health")
+    paths = [f"{field}[{index}].health" for index in range(len(state.history))]
+    _check_lengths([point.health for point in state.history], len(state.graph.layers), paths)
+    _check_values(view.health_history, _HEALTH_BOUNDS, paths)
 
 
 def _check_seeds(seeds: Sequence[health_pb2.SeedSignal], places: int, field: str) -> None:
@@ -220,27 +248,30 @@ def _check_adaptations(records: Sequence[graph_pb2.AdaptationRecord], places: in
 
 def check_run(run: health_pb2.RunMeasures, field: str) -> None:
     """Check the measures of a run. Raises :class:`InvalidFieldError`."""
-    for name, bounds in _RUN_RANGES.items():
-        if run.HasField(name):  # type: ignore[arg-type]
-            _check_number(getattr(run, name), bounds, f"{field}.{name}")
+    for described, value in run.ListFields():
+        if described.name in _RUN_RANGES:
+            _check_number(value, _RUN_RANGES[described.name], f"{field}.{described.name}")
 
 
-def _check_column(column: graph_pb2.Column, size: int, bounds: tuple[float, float], field: str) -> None:
-    if not column.values:
-        if column.absent:
-            raise InvalidFieldError(f"{field}.absent", "must be empty where there are no values")
-        return
-    _check_length(len(column.values), size, f"{field}.values", "the layers or places")
-    _check_indices(column.absent, size, f"{field}.absent")
-    values = np.array(column.values, dtype=np.float64)
-    if column.absent:
-        values[np.array(column.absent, dtype=np.int64)] = bounds[0] if math.isfinite(bounds[0]) else 0.0
-    # NaN passes through min and max, and compares false.
-    low, high = float(values.min()), float(values.max())
-    if bounds[0] <= low and high <= bounds[1] and math.isfinite(low) and math.isfinite(high):
-        return
-    wrong = np.flatnonzero(~((values >= bounds[0]) & (values <= bounds[1]) & np.isfinite(values)))[0]
-    _check_number(float(values[wrong]), bounds, f"{field}.values[{wrong}]")
+def _check_lengths(columns: Sequence[graph_pb2.Column], size: int, paths: Sequence[str]) -> None:
+    for column, path in zip(columns, paths, strict=True):
+        if len(column.values) == size and not column.absent:
+            continue
+        if column.values:
+            _check_length(len(column.values), size, f"{path}.values", "the layers or places")
+            _check_indices(column.absent, size, f"{path}.absent")
+        elif column.absent:
+            raise InvalidFieldError(f"{path}.absent", "must be empty where there are no values")
+
+
+def _check_values(table: Table, bounds: Array, paths: Sequence[str]) -> None:
+    """Check all columns of a table at once: ``bounds`` has a row of least and greatest for each, or one for all."""
+    low, high = bounds[:, :1], bounds[:, 1:]
+    # NaN compares false.
+    wrong = table.known & ~((table.values >= low) & (table.values <= high) & np.isfinite(table.values))
+    for row, column in np.argwhere(wrong)[:1].tolist():
+        least, greatest = np.broadcast_to(bounds, (len(paths), 2))[row].tolist()
+        _check_number(float(table.values[row, column]), (least, greatest), f"{paths[row]}.values[{column}]")
 
 
 def _check_number(value: float, bounds: tuple[float, float], field: str) -> None:
