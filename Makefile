@@ -60,9 +60,14 @@ gates: setup ## Check the latency of decisions: under 10 ms at 10, 64 and 256 no
 bench: setup ## Measure Decide beside a call that does nothing.
 	$(BIN)/esper bench decide --json
 
-policy: setup ## Make the shipped policy anew: collect experience, then train on it. Takes about an hour on 2 cores.
-	$(BIN)/esper trainer collect --out runs/experience
-	$(BIN)/esper trainer train runs/experience --out policies/shipped
+EXPERIENCE := runs/experience
+SHIPPED := server/esperml/tamiyo/checkpoints/shipped
+
+policy: setup ## Make the shipped policy anew: collect experience, train, evaluate. About an hour; resumes.
+	$(BIN)/esper trainer collect --out $(EXPERIENCE)/all --hosts 150 --branches 8 --seed 0 --jobs 2 --resume
+	$(BIN)/esper trainer collect --out $(EXPERIENCE)/long --hosts 60 --branches 8 --seed 1 --task mnist1d --pace 2 --jobs 2 --resume
+	$(BIN)/esper trainer train $(EXPERIENCE)/all $(EXPERIENCE)/long --out policies/shipped --steps 600 --evaluate-every 30
+	mkdir -p $(SHIPPED) && cp policies/shipped/policy.json policies/shipped/policy.safetensors $(SHIPPED)
 
 ci: ## What a change must pass.
 	.ci/run

@@ -52,7 +52,7 @@ class TamiyoSettings(Section):
     health_threshold: float = Field(1.0, ge=0, le=1, description="Layers healthier than this are not adapted.")
     confidence_threshold: float = Field(0.5, ge=0, le=1, description="Adaptations less probable are held back.")
     cull_below: float = Field(
-        0.0, description="Relative loss increase on ablation at which a seed is kept; less culls it."
+        0.005, description="Relative loss increase on ablation at which a seed is kept; less culls it."
     )
     command_ttl_steps: int = Field(1000, ge=0, description="Steps after which a command expires; 0 means never.")
     parameter_budget_fraction: float = Field(

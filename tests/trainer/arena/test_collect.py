@@ -106,6 +106,18 @@ def test_a_collection_of_nothing_is_refused_by_field(fields: dict[str, int], nam
         Collection(**{"hosts": 1, "branches": 1, "seed": 0, **fields})
 
 
+def test_a_collection_can_be_narrowed_to_one_task_and_pace(short_plan: Plan) -> None:
+    collection = Collection(4, 1, 0, short_plan, task="digits", pace=2.0)
+    specs = collection.specs()
+    assert {spec.task for spec in specs} == {"digits"}
+    assert {collection.plan_of(spec).steps for spec in specs} == {2 * short_plan.steps}
+
+
+def test_a_collection_for_an_unknown_task_names_those_there_are(short_plan: Plan) -> None:
+    with pytest.raises(ValueError, match=r"task: 'cats' is none of digits, mnist1d"):
+        Collection(1, 1, 0, short_plan, task="cats").specs()
+
+
 def _collect_in_a_group(folder: Path, collection: Collection) -> None:
     os.setpgrp()
     collect(folder, collection, jobs=2)

@@ -15,7 +15,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from esperml.kasmina import LocalLink
 from esperml.settings import TamiyoSettings
 from esperml.tamiyo.controller import Controller
 from esperml.tamiyo.store import PolicyStore
-from esperml.trainer.arena.hosts import HostSpec, sample_hosts
+from esperml.trainer.arena.hosts import Family, HostSpec, sample_hosts
 from esperml.trainer.arena.twins import Plan, train_twin
 from esperml.v1 import event_pb2
 
@@ -52,12 +52,16 @@ class Collection:
         branches: runs under ``explore`` per host, besides the static twin.
         seed: of the hosts and of all behaviour.
         plan: how each run goes.
+        task: name of the one task that hosts are drawn for; all tasks where it is empty.
+        pace: factor by which every plan is stretched; one of :data:`PACES` per host where it is absent.
     """
 
     hosts: int
     branches: int
     seed: int
     plan: Plan = field(default_factory=Plan)
+    task: str = ""
+    pace: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("hosts", "branches"):
@@ -66,7 +70,18 @@ class Collection:
 
     def manifest(self) -> dict[str, Any]:
         """What decides the content of the recordings; ``hosts`` does not, since more can be added later."""
-        return {"branches": self.branches, "seed": self.seed, "plan": asdict(self.plan)}
+        return {key: value for key, value in asdict(self).items() if key != "hosts"}
+
+    def specs(self) -> list[HostSpec]:
+        """The hosts, in order. Raises ``ValueError`` where there is no such task."""
+        family = Family()
+        if self.task and self.task not in family.tasks:
+            raise ValueError(f"task: {self.task!r} is none of {', '.join(family.tasks)}")
+        return sample_hosts(self.hosts, self.seed, replace(family, tasks={self.task: 1.0}) if self.task else family)
+
+    def plan_of(self, spec: HostSpec) -> Plan:
+        """The plan of one host, at its pace."""
+        return self.plan.stretched(self.pace or random.Random(spec.seed).choice(PACES))
 
 
 def recording_path(folder: Path, index: int, spec: HostSpec) -> Path:
@@ -97,7 +112,7 @@ def collect(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_manifest(folder, collection, resume=resume)
-    specs = sample_hosts(collection.hosts, collection.seed)
+    specs = collection.specs()
     paths = [recording_path(folder, index, spec) for index, spec in enumerate(specs)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     done = len(paths) - len(missing)
@@ -152,9 +167,10 @@ def collect_host(path: Path, spec: HostSpec, collection: Collection) -> None:
         policy="explore",
         health_threshold=1.0,
         confidence_threshold=0.0,  # Holding back what is improbable would take the randomness away.
+        cull_below=0.0,  # What does no harm stays, so that its worth shows over the whole run.
         random_seed=collection.seed,
     )
-    plan = collection.plan.stretched(random.Random(spec.seed).choice(PACES))
+    plan = collection.plan_of(spec)
     with Recorder(partial) as recorder:
         controller = Controller(PolicyStore.from_settings(settings), settings)
 
