@@ -65,7 +65,7 @@ SHIPPED := server/esperml/tamiyo/checkpoints/shipped
 
 policy: setup ## Make the shipped policy anew: collect experience, train, evaluate. About an hour; resumes.
 	$(BIN)/esper trainer collect --out $(EXPERIENCE)/all --hosts 150 --branches 8 --seed 0 --jobs 2 --resume
-	$(BIN)/esper trainer collect --out $(EXPERIENCE)/long --hosts 60 --branches 8 --seed 1 --task mnist1d --pace 2 --jobs 2 --resume
+	$(BIN)/esper trainer collect --out $(EXPERIENCE)/long --hosts 38 --branches 8 --seed 1 --task mnist1d --pace 2 --jobs 2 --resume
 	$(BIN)/esper trainer train $(EXPERIENCE)/all $(EXPERIENCE)/long --out policies/shipped --steps 600 --evaluate-every 30
 	mkdir -p $(SHIPPED) && cp policies/shipped/policy.json policies/shipped/policy.safetensors $(SHIPPED)
 
