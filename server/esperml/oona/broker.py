@@ -38,6 +38,8 @@ class Broker:
             (kind, name): SharedGroup(name, self._topics[kind], log, progress)
             for (kind, name), progress in log.groups().items()
         }
+        # One at a time: of two that found a group at once, the second must see that it is there.
+        self._joining = asyncio.Lock()
 
     @property
     def durability(self) -> str:
@@ -73,8 +75,11 @@ class Broker:
                 topic.appended(future.result(), events, size)
 
         stored.add_done_callback(tell_readers)
-        # A publisher that goes away must not cancel what the log is about to store and readers are to be told of.
-        return asyncio.shield(stored)
+        # A publisher that goes away must not cancel what the log is about to store and readers are to be told of. If
+        # it fails then, that is no error nobody handled.
+        confirmed = asyncio.shield(stored)
+        confirmed.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return confirmed
 
     async def subscribe(self, subscribe: oona_pb2.Subscribe, emit: Emit) -> Subscription:
         """Make a subscription; its :meth:`Subscription.run` sends frames through ``emit``.
@@ -84,7 +89,8 @@ class Broker:
         """
         check_subscribe(subscribe)
         if subscribe.group:
-            return await self._join(subscribe, emit)
+            async with self._joining:
+                return await self._join(subscribe, emit)
         topic = self._topics[subscribe.kind]
         start = await self._start(subscribe, default=topic.bounds.next)
         return PrivateReader(
@@ -140,10 +146,8 @@ class Broker:
         run_ids = frozenset(subscribe.run_ids)
         key = (subscribe.kind, subscribe.group)
         topic = self._topics[subscribe.kind]
-        group = self._groups.get(key)
         moves = subscribe.start.WhichOneof("at") in {"offset", "time"}
         start = await self._start(subscribe, default=topic.bounds.earliest)
-        # Another member may have come while the log was asked.
         group = self._groups.get(key)
         if group is not None and group.state.members and group.run_ids != run_ids:
             raise RequestRejectedError(
@@ -154,7 +158,6 @@ class Broker:
         if group is None or moves:
             progress = GroupProgress(start, RangeSet())
             await self._store_start(subscribe, progress)
-            group = self._groups.get(key)
             if group is None:
                 group = self._groups[key] = SharedGroup(subscribe.group, topic, self._log, progress)
             else:

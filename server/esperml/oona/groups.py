@@ -245,14 +245,12 @@ class Group:
 
     def _delivered(self, member: Member, first: int, last: int) -> list[int]:
         """Offsets that the member was delivered at least once and that are not done, within a range, ascending."""
-        if last - first < len(member.leases) + len(member.waiting):
-            candidates: Iterable[int] = range(first, last + 1)
-            came_back = {record.offset for record in member.waiting} if self._attempts else set()
+        if last - first < len(member.leases) + len(self._attempts):
+            candidates = [o for o in range(first, last + 1) if o in member.leases or o in self._attempts]
         else:
-            came_back = {record.offset for record in member.waiting if first <= record.offset <= last}
-            candidates = sorted({offset for offset in member.leases if first <= offset <= last} | came_back)
-        return [
-            offset
-            for offset in candidates
-            if offset in member.leases or (offset in self._attempts and offset in came_back)
-        ]
+            candidates = sorted(o for o in member.leases.keys() | self._attempts.keys() if first <= o <= last)
+        if all(offset in member.leases for offset in candidates):
+            return candidates
+        # Some came back: those that wait for this member count, those that wait for another do not.
+        waiting = {record.offset for record in member.waiting}
+        return [offset for offset in candidates if offset in member.leases or offset in waiting]

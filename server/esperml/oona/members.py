@@ -52,6 +52,8 @@ class SharedGroup:
     def move(self, progress: GroupProgress) -> None:
         """Go on elsewhere."""
         self.state.move(progress)
+        # What lay there may have been purged while the progress was stored.
+        self.state.skip_below(self._topic.bounds.earliest)
         self._topic.wake()
 
     def join(self, member: Member, run_ids: frozenset[str]) -> None:
@@ -132,7 +134,8 @@ class MemberReader(Subscription):
             state.ack(self._member, settled.first, settled.last)
         for offset in ack.extended:
             state.extend(self._member, offset, now_s)
-        for offset in sorted(ack.nacked, reverse=True):
+        # The lowest of a run takes the others back with it.
+        for offset in sorted(ack.nacked):
             state.nack(self._member, offset)
         self._waker.set()
         return state.committed, self._group.save()

@@ -11,6 +11,7 @@ import grpc
 
 from esperml.oona.log import Appended, LogDamagedError, LogError, LogUnavailableError
 from esperml.oona.members import MemberReader
+from esperml.oona.ranges import RangeSet
 from esperml.oona.rejection import RequestRejectedError, from_log_error, invalid
 from esperml.oona.validation import check_ack, check_client_id, check_grant
 from esperml.v1 import oona_pb2
@@ -89,6 +90,8 @@ class ClientStream:
         self._read = read
         self._write = write
         self._subscriptions: dict[int, tuple[Subscription, asyncio.Task[None]]] = {}
+        # Those that ended unasked: the client may not know yet, and its credit for them is no mistake.
+        self._ended_subscriptions = RangeSet()
         self._outbox: asyncio.Queue[oona_pb2.StreamResponse] = asyncio.Queue(_OUTBOX_FRAMES)
         self._unanswered: asyncio.Queue[_Unanswered] = asyncio.Queue(_UNANSWERED_REQUESTS)
         self._unanswered_bytes = 0
@@ -214,8 +217,10 @@ class ClientStream:
                 await self._ack(request)
             case "grant":
                 check_grant(request.grant)
-                subscription, _ = self._subscription("grant", request.grant.subscription_id)
-                subscription.grant(request.grant.messages, request.grant.bytes)
+                subscription_id = request.grant.subscription_id
+                if subscription_id in self._subscriptions or subscription_id not in self._ended_subscriptions:
+                    subscription, _ = self._subscription("grant", subscription_id)
+                    subscription.grant(request.grant.messages, request.grant.bytes)
             case "subscribe":
                 await self._subscribe(request, tasks)
             case "unsubscribe":
@@ -229,6 +234,9 @@ class ClientStream:
         while self._unanswered_bytes > _UNANSWERED_BYTES:
             self._answered.clear()
             await self._answered.wait()
+        if self._ended.done():
+            # Its successor may have been told the next sequence already: what was stored now would take its place.
+            self._ended.result()
         stored = self._broker.publish(self.client_id, request.publish)
         size = request.ByteSize()
         self._unanswered_bytes += size
@@ -247,13 +255,20 @@ class ClientStream:
         subscription_id = request.subscribe.subscription_id
         if subscription_id in self._subscriptions:
             raise invalid("subscribe.subscription_id", f"{subscription_id} is in use on this stream")
-        subscription = await self._broker.subscribe(request.subscribe, self._outbox.put)
+        try:
+            subscription = await self._broker.subscribe(request.subscribe, self._outbox.put)
+        except LogDamagedError as error:
+            raise StreamEndedError(grpc.StatusCode.DATA_LOSS, str(error)) from error
         subscribed = oona_pb2.Subscribed(
             subscription_id=subscription_id,
             start_offset=subscription.start_offset,
             high_watermark=subscription.high_watermark,
         )
-        await self._outbox.put(oona_pb2.StreamResponse(request_id=request.request_id, subscribed=subscribed))
+        try:
+            await self._outbox.put(oona_pb2.StreamResponse(request_id=request.request_id, subscribed=subscribed))
+        except asyncio.CancelledError:
+            subscription.close()
+            raise
         task = tasks.create_task(self._run_subscription(subscription))
         self._subscriptions[subscription_id] = (subscription, task)
 
@@ -262,7 +277,9 @@ class ClientStream:
             await subscription.run()
         except LogDamagedError as error:
             raise StreamEndedError(grpc.StatusCode.DATA_LOSS, str(error)) from error
-        self._subscriptions.pop(subscription.subscription_id)
+        subscription_id = subscription.subscription_id
+        self._subscriptions.pop(subscription_id)
+        self._ended_subscriptions.add(subscription_id, subscription_id)
         subscription.close()
 
     async def _unsubscribe(self, request: oona_pb2.StreamRequest) -> None:

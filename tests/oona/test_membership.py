@@ -1,0 +1,147 @@
+"""Members that come and go at the wrong moment, and what must not be left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from typing import Any
+
+import grpc
+import pytest
+
+from esperml.oona.rejection import RequestRejectedError
+from esperml.oona.stream import ClientStream, StreamEndedError
+from esperml.v1 import event_pb2, oona_pb2
+
+EVENTS = event_pb2.KIND_EVENTS
+EARLIEST = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
+LATEST = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_LATEST)
+
+
+def subscribe(subscription_id: int = 1, **fields: Any) -> oona_pb2.Subscribe:
+    return oona_pb2.Subscribe(subscription_id=subscription_id, **{"kind": EVENTS, **fields})
+
+
+async def discard(_response: oona_pb2.StreamResponse) -> None:
+    pass
+
+
+@pytest.fixture
+def store(bus, make_event):
+    """Stores frames of one event each, as one publisher."""
+
+    async def store(count: int) -> None:
+        for sequence in range(1, count + 1):
+            request = oona_pb2.Publish(kind=EVENTS, first_sequence=sequence, events=[make_event()])
+            await bus.broker.publish("publisher", request)
+
+    return store
+
+
+async def test_a_member_whose_client_reads_nothing_and_vanishes_while_joining_leaves_the_group(bus):
+    requests: asyncio.Queue[oona_pb2.StreamRequest | None] = asyncio.Queue()
+    takes = asyncio.Event()
+    takes.set()
+
+    async def write(_response: oona_pb2.StreamResponse) -> None:
+        await takes.wait()
+        takes.clear()
+
+    stream = ClientStream(bus.broker, requests.get, write)
+    requests.put_nowait(oona_pb2.StreamRequest(request_id=1, open=oona_pb2.Open(client_id="stuck")))
+    # What fills the outbox, and then the one whose confirmation finds no room.
+    for number in range(1, 5):
+        requests.put_nowait(oona_pb2.StreamRequest(request_id=1 + number, subscribe=subscribe(number)))
+    requests.put_nowait(oona_pb2.StreamRequest(request_id=6, subscribe=subscribe(5, group="g")))
+    await stream.open()
+    serving = asyncio.create_task(stream.serve())
+    while not (groups := bus.broker.groups(EVENTS)) or not groups[0].members:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    serving.cancel()
+    await asyncio.wait([serving])
+    assert bus.broker.groups(EVENTS)[0].members == 0
+
+
+async def test_members_that_found_a_group_at_once_agree_on_its_start(bus, store):
+    await store(3)
+    first, second = await asyncio.gather(
+        bus.broker.subscribe(subscribe(group="g", start=LATEST), discard),
+        bus.broker.subscribe(subscribe(group="g", start=EARLIEST), discard),
+    )
+    assert (first.start_offset, second.start_offset) == (3, 3)
+
+
+async def test_members_that_found_a_group_at_once_must_ask_for_the_same_runs(bus):
+    outcomes = await asyncio.gather(
+        bus.broker.subscribe(subscribe(group="g", run_ids=["a"]), discard),
+        bus.broker.subscribe(subscribe(group="g", run_ids=["b"]), discard),
+        return_exceptions=True,
+    )
+    [refused] = [outcome for outcome in outcomes if isinstance(outcome, RequestRejectedError)]
+    assert refused.reason == oona_pb2.REJECT_REASON_GROUP_MISMATCH
+
+
+async def test_a_group_that_is_moved_to_what_is_being_purged_starts_at_the_floor(bus, store):
+    await store(3)
+    (await bus.broker.subscribe(subscribe(group="g"), discard)).close()
+    _, member = await asyncio.gather(
+        bus.broker.purge(EVENTS, 2),
+        bus.broker.subscribe(subscribe(group="g", start=oona_pb2.StartAt(offset=0)), discard),
+    )
+    assert member.start_offset == 2
+    assert bus.broker.groups(EVENTS)[0].committed_offset == 2
+
+
+async def test_credit_for_a_replay_that_has_just_ended_is_taken_without_a_word(bus, open_stream, store):
+    await store(1)
+    async with open_stream(bus.target) as stream:
+        await stream.answer(subscribe=subscribe(start=EARLIEST, end_offset=1))
+        await stream.send(grant=oona_pb2.Grant(subscription_id=1, messages=1))
+        await stream.next("closed")
+        await stream.send(grant=oona_pb2.Grant(subscription_id=1, messages=1))
+        refused = await stream.answer(grant=oona_pb2.Grant(subscription_id=2, messages=1))
+        assert refused.rejected.reason == oona_pb2.REJECT_REASON_UNKNOWN_SUBSCRIPTION
+        assert [response.WhichOneof("response") for response in stream.unasked if response.HasField("rejected")] == []
+
+
+async def test_a_log_that_cannot_be_searched_by_time_ends_the_stream_with_data_loss(bus, open_stream, store):
+    await store(1)
+    async with open_stream(bus.target) as stream:
+        bus.log._connection.execute("DROP TABLE frames")
+        start = oona_pb2.StartAt()
+        start.time.GetCurrentTime()
+        await stream.send(subscribe=subscribe(start=start))
+        code, detail = await stream.status()
+    assert code is grpc.StatusCode.DATA_LOSS
+    assert "cannot be read" in detail
+
+
+async def test_a_failed_publish_whose_client_is_gone_is_no_unhandled_error(bus, make_event):
+    unhandled: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+    bus.broker.publish("gone", oona_pb2.Publish(kind=EVENTS, first_sequence=7, events=[make_event()]))
+    await bus.broker.next_sequence("gone")
+    await asyncio.sleep(0)
+    gc.collect()
+    assert unhandled == []
+
+
+async def test_a_stream_that_has_been_replaced_stores_nothing_more(bus, make_event):
+    requests: asyncio.Queue[oona_pb2.StreamRequest | None] = asyncio.Queue()
+    opened = asyncio.Event()
+
+    async def write(_response: oona_pb2.StreamResponse) -> None:
+        opened.set()
+
+    stream = ClientStream(bus.broker, requests.get, write)
+    requests.put_nowait(oona_pb2.StreamRequest(request_id=1, open=oona_pb2.Open(client_id="twice")))
+    await stream.open()
+    serving = asyncio.create_task(stream.serve())
+    await opened.wait()
+    await asyncio.sleep(0)
+    publish = oona_pb2.Publish(kind=EVENTS, first_sequence=1, events=[make_event()])
+    requests.put_nowait(oona_pb2.StreamRequest(request_id=2, publish=publish))
+    stream.end(grpc.StatusCode.ABORTED, "another stream was opened")
+    with pytest.raises(StreamEndedError, match="another stream"):
+        await serving
+    assert await bus.broker.next_sequence("twice") == 1
