@@ -88,10 +88,12 @@ async def test_a_server_that_stored_more_than_was_sent_has_another_publisher(win
 async def test_frames_over_the_servers_limit_fail_alone(window):
     window.resume(1)
     small, large = window.add(frame("a")), window.add(frame("x" * 500))
-    window.refuse_larger_than(200)
+    assert not window.refuse_next_if_larger_than(200)
+    assert window.next_to_send(10) is small.request
+    assert window.refuse_next_if_larger_than(200)
     with pytest.raises(FrameTooLargeError, match="limit of 200"):
         await large.confirmed
-    assert send_all(window) == [(10, 1)]
+    assert send_all(window) == []
     assert not small.confirmed.done()
 
 

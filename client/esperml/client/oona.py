@@ -284,7 +284,6 @@ class OonaClient:
         try:
             # Unconfirmed frames go out again, with the same sequences.
             lost = self._window.resume(connection.opened.next_sequence)
-            self._window.refuse_larger_than(connection.opened.max_frame_bytes)
         except OonaError:
             await connection.close()
             raise
@@ -322,7 +321,8 @@ class OonaClient:
             return self._outbox.popleft()
         if self._hold_publishing is not None:
             return None
-        self._window.refuse_larger_than(self._max_frame_bytes)
+        if self._window.refuse_next_if_larger_than(self._max_frame_bytes):
+            self._room.set()
         return self._window.next_to_send(next(self._request_ids))
 
     def _dispatch(self, response: oona_pb2.StreamResponse) -> None:
@@ -347,7 +347,8 @@ class OonaClient:
                 if answer := self._answers.pop(response.request_id, None):
                     answer(response)
                 elif name == "rejected":
-                    _log.warning("request_rejected", client_id=self._client_id, message=response.rejected.message)
+                    # A frame behind one that was refused, which goes out again, or credit for what has just ended.
+                    _log.debug("request_rejected", client_id=self._client_id, message=response.rejected.message)
 
     def _on_publish_rejected(self, request_id: int, rejected: oona_pb2.Rejected) -> None:
         error = rejection(rejected)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import structlog
 
-from esperml.client.errors import BehindFloorError, ClientClosedError, OonaError, rejection
+from esperml.client.errors import BehindFloorError, ClientClosedError, OonaError, UnknownSubscriptionError, rejection
 from esperml.contract import kind_name
 from esperml.v1 import oona_pb2
 
@@ -24,6 +24,11 @@ _log = structlog.get_logger(__name__)
 
 class Sender(Protocol):
     """What a subscription needs of the client that owns it."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a stream now."""
+        ...
 
     def send(
         self,
@@ -88,6 +93,8 @@ class Subscription:
             await self._stands.wait()
         except asyncio.CancelledError:
             self._sender.remove(self)
+            # The server may have taken it, or be about to; without a stream this goes nowhere.
+            self._sender.send(self._unsubscribe_request(), lambda _: None)
             raise
         if self._error is not None:
             raise self._error
@@ -128,8 +135,8 @@ class Subscription:
         """Say that records are done with, and wait until the server has stored it. Groups only.
 
         Returns:
-            The offset below which the whole group is done with everything, or None where the stream broke first: what
-            was not acknowledged then comes again.
+            The offset below which the whole group is done with everything, or None where the stream broke or the server
+            ended the subscription first: what was not acknowledged then comes again, unless it was purged.
 
         Raises:
             RejectedError: the server refused, for example because the reader is private.
@@ -144,13 +151,9 @@ class Subscription:
         Raises:
             RejectedError: the server refused, for example because the reader is private.
         """
-        run_id = record.event.run_id
-        self._held[run_id] = min(record.offset, self._held.get(run_id, record.offset))
-        kept = [(other, size) for other, size in self._buffer if not self._is_held(other)]
-        dropped = [size for other, size in self._buffer if self._is_held(other)]
-        self._buffer = deque(kept)
-        for size in dropped:
-            self._count_taken(size)
+        # A private reader has nothing that would come again, and without a stream there is nobody to hold back.
+        if self._request.group and self._sender.is_connected:
+            self._hold(record)
         await self._settle(oona_pb2.Ack(nacked=[record.offset]))
 
     async def extend(self, *records: event_pb2.Record) -> None:
@@ -176,9 +179,8 @@ class Subscription:
             return
         self._taken = False
         closed = asyncio.Event()
-        request = oona_pb2.Unsubscribe(subscription_id=self.subscription_id)
         self._sender.remove(self)
-        self._sender.send(oona_pb2.StreamRequest(unsubscribe=request), lambda _: closed.set())
+        self._sender.send(self._unsubscribe_request(), lambda _: closed.set())
         await closed.wait()
 
     # What the client calls as frames come.
@@ -262,6 +264,21 @@ class Subscription:
         else:
             self._request.start.offset = offset
 
+    def _unsubscribe_request(self) -> oona_pb2.StreamRequest:
+        request = oona_pb2.Unsubscribe(subscription_id=self.subscription_id)
+        return oona_pb2.StreamRequest(unsubscribe=request)
+
+    def _hold(self, record: event_pb2.Record) -> None:
+        """Drop what has arrived of the run behind a record, and what does until the record is here again."""
+        run_id = record.event.run_id
+        self._held[run_id] = min(record.offset, self._held.get(run_id, record.offset))
+        kept = [(other, size) for other, size in self._buffer if not self._is_held(other)]
+        dropped = [size for other, size in self._buffer if self._is_held(other)]
+        self._buffer = deque(kept)
+        for size in dropped:
+            self._buffered_bytes -= size
+            self._count_taken(size)
+
     def _is_held(self, record: event_pb2.Record) -> bool:
         held = self._held.get(record.event.run_id)
         return held is not None and record.offset > held
@@ -301,11 +318,14 @@ class Subscription:
 
         self._sender.send(oona_pb2.StreamRequest(ack=ack), on_answer)
         answer = await answered
-        if answer is None:
+        refused = rejection(answer.rejected) if answer is not None and answer.HasField("rejected") else None
+        # The two frames crossed: this one, and that with which the server ended the subscription.
+        crossed = isinstance(refused, UnknownSubscriptionError) and isinstance(self._error, BehindFloorError)
+        if answer is None or crossed:
             _log.info("acknowledgement_lost", kind=kind_name(self.kind), group=self._request.group)
             return None
-        if answer.HasField("rejected"):
-            raise rejection(answer.rejected)
+        if refused is not None:
+            raise refused
         return answer.acked.committed_offset
 
 

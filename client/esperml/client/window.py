@@ -142,12 +142,15 @@ class ResendWindow:
         """Whether a frame was sent under this id and is not answered yet."""
         return self._sent_as(request_id) is not None
 
-    def refuse_larger_than(self, limit: int) -> None:
-        """Fail every unsent frame over the server's limit."""
-        for frame in [frame for frame in islice(self._frames, self._sent, None) if frame.size > limit]:
+    def refuse_next_if_larger_than(self, limit: int) -> bool:
+        """Fail the frames that are to be sent next and are over the server's limit. Returns whether there were any."""
+        refused = False
+        while self._sent < len(self._frames) and (frame := self._frames[self._sent]).size > limit:
+            refused = True
             self._remove(frame)
             if not frame.confirmed.done():
                 frame.confirmed.set_exception(FrameTooLargeError(frame.size, limit))
+        return refused
 
     def fail(self, error: OonaError) -> None:
         """Fail every frame."""
