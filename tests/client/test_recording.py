@@ -194,3 +194,10 @@ async def test_a_recording_that_cannot_go_on_says_why(bus, path):
         with pytest.raises(StreamEndedError, match=r"open\.client_id"):
             await record(oona, path, kinds=[EVENTS], until=asyncio.Event())
     assert describe(path).counts == {}
+
+
+def test_a_recording_on_a_full_disk_fails_and_lets_go_of_its_file():
+    recorder = Recorder("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        recorder.close()
+    recorder.close()

@@ -76,6 +76,9 @@ async def test_purge_deletes_only_when_told_twice(esper_topics, filled):
         (["info", "nothing"], "unknown kind 'nothing'; kinds are telemetry, events"),
         (["tail", "events", "--from", "yesterday"], "'yesterday' is neither earliest, latest nor an offset"),
         (["tail", "events", "--from", "17"], "subscribe.start.offset: 17 is beyond the end of the log, 0"),
+        (["tail", "events", "--from", str(2**64)], "is neither earliest, latest nor an offset"),
+        (["tail", "events", "--until", str(2**64)], "is not in the range"),
+        (["purge", "events", "--yes", "--before", str(2**64)], "is not in the range"),
     ],
 )
 async def test_what_cannot_be_done_is_said_in_a_line(esper_topics, arguments, message):

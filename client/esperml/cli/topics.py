@@ -9,7 +9,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from esperml.v1 import event_pb2, oona_pb2
 
 _T = TypeVar("_T")
+
+_MAX_OFFSET: Final = 2**64 - 1
 
 
 class KindType(click.ParamType["event_pb2.Kind.ValueType"]):
@@ -101,7 +103,7 @@ def info(ctx: click.Context, kind: event_pb2.Kind.ValueType, as_json: bool) -> N
 @click.argument("kind", type=KIND)
 @click.option("--run", "run_ids", multiple=True, help="Only records of this run. Repeat for more.")
 @click.option("--from", "start", default="latest", show_default=True, help="earliest, latest, or an offset.")
-@click.option("--until", type=click.IntRange(0), help="Stop before this offset.  [default: never]")
+@click.option("--until", type=click.IntRange(0, _MAX_OFFSET), help="Stop before this offset.  [default: never]")
 @click.pass_context
 def tail(
     ctx: click.Context, kind: event_pb2.Kind.ValueType, run_ids: tuple[str, ...], start: str, until: int | None
@@ -116,7 +118,7 @@ def tail(
 
 @topics.command()
 @click.argument("kind", type=KIND)
-@click.option("--before", type=click.IntRange(0), required=True, help="Delete records below this offset.")
+@click.option("--before", type=click.IntRange(0, _MAX_OFFSET), required=True, help="Delete records below this offset.")
 @click.confirmation_option(prompt="Delete records for good?")
 @click.pass_context
 def purge(ctx: click.Context, kind: event_pb2.Kind.ValueType, before: int) -> None:
@@ -167,7 +169,7 @@ def _start(text: str) -> oona_pb2.StartAt:
             return oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
         case "latest":
             return oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_LATEST)
-        case _ if text.isdecimal():
+        case _ if text.isdecimal() and int(text) <= _MAX_OFFSET:
             return oona_pb2.StartAt(offset=int(text))
         case _:
             raise click.BadParameter(f"{text!r} is neither earliest, latest nor an offset", param_hint="--from")

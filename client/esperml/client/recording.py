@@ -139,8 +139,10 @@ class Recorder:
     def close(self) -> None:
         """Finish the file. Further calls do nothing."""
         if not self._file.closed:
-            self._writer.finish()  # type: ignore[no-untyped-call]
-            self._file.close()
+            try:
+                self._writer.finish()  # type: ignore[no-untyped-call]
+            finally:
+                self._file.close()
 
 
 def read(path: Path | str) -> Iterator[Recorded]:
