@@ -21,7 +21,7 @@ from typing import Final
 from torch import nn
 
 from esperml.kasmina import bodies
-from esperml.kasmina.errors import RefusedError
+from esperml.kasmina.errors import KasminaError, RefusedError
 from esperml.kasmina.geometry import CONV_RANKS, Geometry
 
 MAX_BLUEPRINTS: Final = 64
@@ -47,6 +47,14 @@ class Blueprint:
     cost: Callable[[Geometry, int], int]
     make: Callable[[Geometry, int], nn.Module]
     largest: Callable[[Geometry], int] = lambda _geometry: _LARGEST_SIZE
+
+    def __deepcopy__(self, _memo: object) -> Blueprint:
+        """It is never changed, so that a copied host has the same."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[str], Blueprint], tuple[str]]:
+        """Pickle by name, so that a wrapped model can be saved whole whatever its blueprints are made of."""
+        return _registered_as, (self.name,)
 
     def smallest(self, geometry: Geometry) -> int:
         """Parameters of the smallest such seed at ``geometry``."""
@@ -100,6 +108,12 @@ def register(blueprint: Blueprint) -> Blueprint:
         raise ValueError(f"there are {MAX_BLUEPRINTS} blueprints already, which is all that the contract can carry")
     _registry[blueprint.name] = blueprint
     return blueprint
+
+
+def _registered_as(name: str) -> Blueprint:
+    if name not in _registry:
+        raise KasminaError(f"the model can grow {name!r}, which is no blueprint here; register it before loading")
+    return _registry[name]
 
 
 def unregister(name: str) -> None:

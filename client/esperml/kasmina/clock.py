@@ -17,15 +17,12 @@ class StepClock:
 
     def __init__(self) -> None:
         self._start = self._mark = time.perf_counter()
-        self._steps = 0
+        self._end: float | None = None
+        self._steps_before = 0
         self.own = 0.0
         self.evaluation = 0.0
         self.total_own = 0.0
         self.total_evaluation = 0.0
-
-    def step(self) -> None:
-        """Count an optimizer step."""
-        self._steps += 1
 
     def spend(self, seconds: float) -> None:
         """Count time of Esper's own."""
@@ -37,20 +34,28 @@ class StepClock:
         self.evaluation += seconds
         self.total_evaluation += seconds
 
-    def report(self) -> tuple[float | None, float | None]:
+    def report(self, steps: int) -> tuple[float | None, float | None]:
         """Mean time of a step, in s, and Esper's share of the time since the last report; then start anew.
 
         Either is ``None`` where no step or no time has passed.
+
+        Args:
+            steps: optimizer steps since the start.
         """
         now = time.perf_counter()
         passed = now - self._mark - self.evaluation
-        own, steps = self.own, self._steps
-        self._mark, self._steps, self.own, self.evaluation = now, 0, 0.0, 0.0
-        if steps == 0 or passed <= 0:
+        own, passed_steps = self.own, steps - self._steps_before
+        self._mark, self._steps_before, self.own, self.evaluation = now, steps, 0.0, 0.0
+        if passed_steps == 0 or passed <= 0:
             return None, None
-        return passed / steps, min(max(own / passed, 0.0), 1.0)
+        return passed / passed_steps, min(max(own / passed, 0.0), 1.0)
+
+    def stop(self) -> None:
+        """Training is over; what is spent from now on still counts."""
+        self._end = time.perf_counter()
 
     def share(self) -> float | None:
-        """Esper's share of all time since the start, evaluation excluded, 0 to 1."""
-        passed = time.perf_counter() - self._start - self.total_evaluation
+        """Esper's share of all time from the start to :meth:`stop`, evaluation excluded, 0 to 1."""
+        end = time.perf_counter() if self._end is None else self._end
+        passed = end - self._start - self.total_evaluation
         return min(max(self.total_own / passed, 0.0), 1.0) if passed > 0 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from typing import TypeAlias
@@ -10,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from esperml.kasmina.measures import representable
 from esperml.kasmina.seeds import Seed
 from esperml.kasmina.topology import undisturbed
 
@@ -18,7 +18,7 @@ Evaluator: TypeAlias = Callable[[nn.Module], float | Tensor]
 
 
 def evaluate_host(model: nn.Module, evaluator: Evaluator) -> float | None:
-    """Held-out loss of ``model``; ``None`` where it is not finite.
+    """Held-out loss of ``model``; ``None`` where it is not finite in 32 bits.
 
     The evaluator is called in evaluation mode and under ``no_grad``. Afterwards each module's mode, every buffer and
     the random number generators (torch's, Python's, and NumPy's global one where NumPy is in use) are what they were:
@@ -33,7 +33,7 @@ def evaluate_host(model: nn.Module, evaluator: Evaluator) -> float | None:
     finally:
         if numpy is not None:
             numpy.random.set_state(numpy_state)
-    return loss if math.isfinite(loss) else None
+    return loss if representable(loss) else None
 
 
 def evaluate_without(model: nn.Module, seed: Seed, evaluator: Evaluator) -> float | None:

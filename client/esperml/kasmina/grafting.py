@@ -63,6 +63,9 @@ class Grafter:
         """
         if isinstance(self._optimizer, LBFGS):
             raise RefusedError("LBFGS keeps all parameters in one group, so that none can join it")
+        # A scheduler that is not extended raises at its next step, in the user's loop.
+        if self._scheduler is None and hasattr(getattr(self._optimizer, "step", None), "_wrapped_by_lr_sched"):
+            raise RefusedError("the optimizer has a learning-rate scheduler; give it to connect() as scheduler=")
         place = self.host.place_index(source_layer, target_layer)
         seed = self.host.plant(
             blueprint, place, parameter_budget, seed_id=seed_id, blend_steps=blend_steps, decision_id=decision_id
@@ -118,10 +121,15 @@ class Grafter:
         parameters = list(seed.body.parameters())
         gone = {id(parameter) for parameter in parameters}
         groups = self._optimizer.param_groups
-        at = next(i for i, group in enumerate(groups) if group["params"] and id(group["params"][0]) in gone)
-        for values in self._per_group_lists(len(groups)):
-            del values[at]
-        del groups[at]
+        for at in reversed(range(len(groups))):
+            # The user may have put them into another group, or taken them out.
+            kept = [parameter for parameter in groups[at]["params"] if id(parameter) not in gone]
+            if kept or not groups[at]["params"]:
+                groups[at]["params"] = kept
+                continue
+            for values in self._per_group_lists(len(groups)):
+                del values[at]
+            del groups[at]
         for parameter in parameters:
             self._optimizer.state.pop(parameter, None)
 

@@ -31,7 +31,7 @@ MAX_OTHERS: Final = 4096
 """Events and outcomes that wait to be sent; likewise."""
 
 _FRAME_EVENTS: Final = 64
-_LINGER_S: Final = 0.05
+_FRAME_INTERVAL_S: Final = 0.1
 _UNREACHED_TIMEOUT_S: Final = 1.0
 _SETTLE_S: Final = 0.02
 
@@ -63,7 +63,9 @@ class GrpcLink:
         self._sender_seconds = 0.0
         self._oona: OonaClient | None = None
         self._in_flight = 0
+        self._idle = False  # The sender waits for something to send, and wants to be told.
         self._closing = False
+        self._cancelled = False
         self._all_sent: bool | None = None  # Known once it is closed.
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
@@ -86,13 +88,13 @@ class GrpcLink:
                     self._others.popleft()
                     self._others_dropped += 1
                 self._others.append(entry)
-            first = len(self._reports) + len(self._others) == 1
-        if first:
+            idle, self._idle = self._idle, False
+        if idle:
             self._notify()
 
     def commands(self) -> list[decision_pb2.Command]:
         """The commands that came since the last call, oldest first."""
-        commands = []
+        commands: list[decision_pb2.Command] = []
         while self._commands:
             commands.append(self._commands.popleft())
         return commands
@@ -129,6 +131,7 @@ class GrpcLink:
                     raise
 
     def _cancel(self) -> None:
+        self._cancelled = True
         if self._main is not None:
             self._main.cancel()
 
@@ -142,9 +145,12 @@ class GrpcLink:
                 _log.warning("link_ended", target=self._target, run_id=self._run_id, error=str(error))
             finally:
                 self._oona = None
+        self._sender_seconds = time.thread_time()
 
     async def _work(self) -> None:
         self._main = asyncio.current_task()
+        if self._cancelled:  # Before there was anything to cancel.
+            return
         client_id = f"session-{uuid.uuid4().hex}"
         async with OonaClient(self._target, client_id=client_id, token=self._token) as oona:
             self._oona = oona
@@ -171,13 +177,24 @@ class GrpcLink:
             elif self._closing:
                 return
             else:
-                self._sender_seconds = time.thread_time()
-                await self._wake.wait()
-                self._wake.clear()
-                if not self._closing:
-                    # Reports of fast steps share a frame: a frame costs more than an event.
-                    await asyncio.sleep(_LINGER_S)
+                await self._rest()
             self._sender_seconds = time.thread_time()
+
+    async def _rest(self) -> None:
+        """Wait for something to send, and not less than the least time between frames; the end cuts it short.
+
+        Waking the thread and sending a frame cost far more than an event: what fast steps say shares both.
+        """
+        self._sender_seconds = time.thread_time()
+        pause = self._loop.call_later(_FRAME_INTERVAL_S, self._wake.set)
+        await self._wake.wait()
+        pause.cancel()
+        self._wake.clear()
+        with self._lock:
+            self._idle = not (self._reports or self._others or self._closing)
+        if self._idle:
+            await self._wake.wait()
+            self._wake.clear()
 
     def _take(self) -> tuple[Kind, list[event_pb2.Event]]:
         """The oldest events of one kind, as many as follow each other and go into a frame."""

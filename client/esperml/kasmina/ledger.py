@@ -31,7 +31,11 @@ class Ledger:
     def settle(self) -> None:
         """Move everything in one transfer and hand it out, in the order in which it came, norms last."""
         norms = torch._foreach_norm(self._normed) if self._normed else ()
-        tensors = [*self._tensors, *(norm.reshape(1) for norm in norms)]
+        tensors = list(self._tensors)
+        if norms and all(norm.dtype == norms[0].dtype and norm.device == norms[0].device for norm in norms):
+            tensors.append(torch.stack(norms))
+        else:
+            tensors += [norm.reshape(1) for norm in norms]
         if not tensors:
             return
         first = tensors[0]

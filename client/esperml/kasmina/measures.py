@@ -25,6 +25,13 @@ EXPLODING: Final = 1e1
 
 _CONSTANT: Final = 1e-24
 
+_LARGEST: Final = torch.finfo(torch.float32).max
+
+
+def representable(value: float | None) -> bool:
+    """Whether a measure can be told: it is finite, and stays so in the contract's 32 bits."""
+    return value is not None and abs(value) <= _LARGEST
+
 
 def silent_units(output: Tensor) -> Tensor:
     """Number of units that are at or below zero in every row. Shapes: (n, G) to ()."""

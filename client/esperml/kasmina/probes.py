@@ -57,6 +57,7 @@ class Probe:
         self.seconds = 0.0
         self._started = 0.0
         self._fully = False
+        self._stray = False
         self._handles: list[RemovableHandle] = []
 
     def arm(self, *, fully: bool) -> None:
@@ -79,11 +80,18 @@ class Probe:
         self.kept = None
         self.seconds = 0.0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a host that is being watched is watched by nobody: its probes let go when it runs."""
+        return {**self.__dict__, "kept": None, "_stray": True}
+
     def _before(self, _layer: nn.Module, _args: tuple[Any, ...]) -> None:
         self._started = time.perf_counter()
 
     def _after(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         ended = time.perf_counter()
+        if self._stray:
+            self.disarm()
+            return
         if self.kept is not None or not output.requires_grad:
             return
         x = layer_input(args, kwargs)

@@ -110,7 +110,8 @@ class _Fit:
 
 def _growth_receiver(signal: health_pb2.PlaceSignal, factor: float) -> Callable[[list[float]], None]:
     def receive(norms: list[float]) -> None:
-        if math.isfinite(norms[0]):
-            signal.growth_gradient = norms[0] * factor
+        growth = norms[0] * factor
+        if measures.representable(growth):
+            signal.growth_gradient = growth
 
     return receive

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections import deque
@@ -20,10 +19,12 @@ from esperml.kasmina import stages
 from esperml.kasmina.clock import StepClock
 from esperml.kasmina.commands import Commander
 from esperml.kasmina.evaluation import Evaluator, evaluate_host, evaluate_without
+from esperml.kasmina.figures import learning_rate, seed_signal
 from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.grpc_link import GrpcLink
 from esperml.kasmina.host import host_of
 from esperml.kasmina.link import Link
+from esperml.kasmina.measures import representable
 from esperml.kasmina.seeds import Seed
 from esperml.kasmina.summary import Summary
 from esperml.kasmina.telemetry import Telemetry
@@ -163,6 +164,7 @@ class Session:
         self._clock = StepClock()
         self._sender_seconds = 0.0
         self._epoch: int | None = None
+        self._epochs_ended: list[tuple[int, int]] = []  # Each with the step at its end, until the next report.
         self._reports = 0
         self._latest = health_pb2.HealthReport()
         self._layers: dict[str, health_pb2.EnhancedHealthSignal] = {}
@@ -217,7 +219,7 @@ class Session:
             parameters=self._host.host_parameters + self._host.seed_parameters,
             train_loss=self._train_loss,
             held_out_loss=self._held_out_loss,
-            seeds=tuple(self._seed_signal(seed, None) for seed in self._host.seeds.values()),
+            seeds=tuple(seed_signal(seed, None) for seed in self._host.seeds.values()),
             actions=tuple(self._actions),
             layers=tuple(self._layers.values()),
             decisions_applied=self.decisions_applied,
@@ -243,15 +245,9 @@ class Session:
 
     def _step(self, loss: Tensor | float | None, epoch: int | None) -> None:
         self.steps += 1
-        self._clock.step()
         if epoch is not None and epoch != self._epoch:
             if self._epoch is not None:
-                self._publish(
-                    event_pb2.KIND_EVENTS,
-                    epoch_completed=run_pb2.EpochCompleted(
-                        epoch=self._epoch, step=self.steps - 1, run=self._latest.run
-                    ),
-                )
+                self._epochs_ended.append((self._epoch, self.steps - 1))
             self._epoch = epoch
         if self._host.seeds:
             self._grafter.advance()
@@ -265,18 +261,28 @@ class Session:
         if (self.steps + 1) % self._report_every == 0:
             self._telemetry.arm()
 
+    def _tell_epochs(self) -> None:
+        """Say which epochs ended since the last report, whose measures still stand.
+
+        Not at their ends: epochs of a few short steps would cost more than all else.
+        """
+        for epoch, step in self._epochs_ended:
+            ended = run_pb2.EpochCompleted(epoch=epoch, step=step, run=self._latest.run)
+            self._publish(event_pb2.KIND_EVENTS, epoch_completed=ended)
+        self._epochs_ended.clear()
+
     def _report(self, loss: Tensor | float | None) -> None:
+        self._tell_epochs()
         sample = self._telemetry.collect(loss)
         self._clock.spend(sample.hook_seconds)
         held_out = self._held_out()
         statistics = self._link.statistics()
-        self._clock.spend(statistics.sender_seconds - self._sender_seconds)
-        self._sender_seconds = statistics.sender_seconds
-        step_seconds, overhead = self._clock.report()
+        self._spend_sender_time()
+        step_seconds, overhead = self._clock.report(self.steps)
         run = health_pb2.RunMeasures(
             train_loss=sample.train_loss,
             held_out_loss=held_out,
-            learning_rate=_finite(float(self._optimizer.param_groups[0]["lr"])),
+            learning_rate=learning_rate(self._optimizer),
             step_seconds=step_seconds,
             overhead=overhead,
             parameters=self._host.host_parameters + self._host.seed_parameters,
@@ -288,9 +294,7 @@ class Session:
             run=run,
             layers=sample.layers,
             places=sample.places,
-            seeds=[
-                self._seed_signal(seed, sample.seed_gradient_norms.get(name)) for name, seed in self._host.seeds.items()
-            ],
+            seeds=[seed_signal(seed, sample.seed_gradient_norms.get(name)) for name, seed in self._host.seeds.items()],
             reports_dropped=statistics.reports_dropped,
         )
         self._reports += 1
@@ -307,13 +311,11 @@ class Session:
         due = [seed for seed in self._host.seeds.values() if self._ablation_due(seed)]
         if not due and self.steps % self._evaluate_every:
             return None
-        start = time.perf_counter()
-        held_out = evaluate_host(self._model, self._evaluate)
+        held_out = evaluate_host(self._model, self._timed_evaluate)
         for seed in due:
-            without = evaluate_without(self._model, seed, self._evaluate)
-            if held_out is not None and without is not None:
+            without = evaluate_without(self._model, seed, self._timed_evaluate)
+            if held_out is not None and without is not None and representable(without - held_out):
                 seed.ablation_contribution = without - held_out
-        self._clock.evaluate(time.perf_counter() - start)
         for seed in due:
             if seed.ablation_contribution is not None and seed.decision_id:
                 self._publish(
@@ -326,6 +328,15 @@ class Session:
                     ),
                 )
         return held_out
+
+    def _timed_evaluate(self, model: nn.Module) -> float | Tensor:
+        """What the user's evaluator says; only its own time is not ours."""
+        assert self._evaluate is not None  # noqa: S101 - there is nothing to call this for without one
+        start = time.perf_counter()
+        try:
+            return float(self._evaluate(model))
+        finally:
+            self._clock.evaluate(time.perf_counter() - start)
 
     def _ablation_due(self, seed: Seed) -> bool:
         return (
@@ -352,19 +363,10 @@ class Session:
     def _graph(self) -> graph_pb2.HostGraph:
         return self._host.graph(self._graft_budget)
 
-    def _seed_signal(self, seed: Seed, gradient_norm: float | None) -> health_pb2.SeedSignal:
-        return health_pb2.SeedSignal(
-            seed_id=seed.seed_id,
-            place=seed.place,
-            stage=seed.stage,
-            blueprint=seed.blueprint,
-            alpha=seed.alpha,
-            steps_in_stage=seed.steps_in_stage,
-            parameters=seed.parameter_count,
-            ablation_contribution=seed.ablation_contribution,
-            gradient_norm=gradient_norm,
-            errors=seed.errors,
-        )
+    def _spend_sender_time(self) -> None:
+        seconds = self._link.statistics().sender_seconds
+        self._clock.spend(seconds - self._sender_seconds)
+        self._sender_seconds = seconds
 
     def _publish(self, kind: event_pb2.Kind.ValueType, **payload: Any) -> None:
         self._link.publish(kind, new_event(self.run, **payload))
@@ -372,15 +374,16 @@ class Session:
     def _close(self, end: run_pb2.RunEnd.ValueType, error: str) -> None:
         if self._closed:
             return
+        start = time.perf_counter()
         self._closed = True
         self._telemetry.disarm()
+        self._tell_epochs()
         ended = run_pb2.RunEnded(step=self.steps, end=end, error=error, run=self._latest.run)
         self._publish(event_pb2.KIND_EVENTS, run_ended=ended)
+        self._clock.spend(time.perf_counter() - start)
+        self._clock.stop()
         self._link.close(CLOSE_TIMEOUT_S)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+        self._spend_sender_time()
 
 
 def _first_and_last(pair: tuple[float, float] | None, value: float | None) -> tuple[float, float] | None:

@@ -92,8 +92,8 @@ class Telemetry:
                 if gradients:
                     ledger.add_norms(gradients, _seed_receiver(sample.seed_gradient_norms, name))
             if isinstance(loss, Tensor):
-                ledger.add(loss.detach().mean(), _loss_receiver(sample))
-            elif loss is not None and math.isfinite(loss):
+                ledger.add(loss.detach().float().mean(), _loss_receiver(sample))
+            elif loss is not None and measures.representable(loss):
                 sample.train_loss = float(loss)
             self.disarm()
             ledger.settle()
@@ -130,8 +130,8 @@ class Telemetry:
 
 def _add_latency(signal: health_pb2.EnhancedHealthSignal, latencies: Sequence[float], *, samples: int) -> None:
     count = len(latencies)
-    if count:
-        mean = sum(latencies) / count
+    mean = sum(latencies) / count if count else 0.0
+    if mean > 0:
         signal.latency_mean = mean
         signal.throughput = samples / mean
         if count > 1:
@@ -150,13 +150,14 @@ def _add_output(
             signal.activation_mean = values[0]
 
     def receive_spread(norms: list[float]) -> None:
-        if math.isfinite(norms[0]):
-            signal.activation_variance = norms[0] ** 2 / entries
+        variance = norms[0] ** 2 / entries
+        if measures.representable(variance):
+            signal.activation_variance = variance
 
     def receive_rank(values: list[float]) -> None:
         rank = measures.effective_rank(values)
         if rank is not None:
-            signal.effective_rank = rank / units
+            signal.effective_rank = min(rank / units, 1.0)
 
     ledger.add(mean, receive_mean)
     ledger.add_norms([output - mean], receive_spread)
@@ -178,9 +179,9 @@ def _spread(gradient: Tensor) -> Tensor:
 def _norm_receiver(signal: health_pb2.EnhancedHealthSignal, gradients: int) -> Callable[[list[float]], None]:
     def receive(norms: list[float]) -> None:
         gradient, weight = math.hypot(*norms[:gradients]), math.hypot(*norms[gradients:])
-        if math.isfinite(gradient):
+        if measures.representable(gradient):
             signal.gradient_norm = gradient
-            if math.isfinite(weight) and weight > 0:
+            if math.isfinite(weight) and weight > 0 and measures.representable(gradient / weight):
                 signal.gradient_to_weight = gradient / weight
 
     return receive
@@ -206,7 +207,7 @@ def _correlation_receiver(signal: health_pb2.EnhancedHealthSignal) -> Callable[[
 def _seed_receiver(norms: dict[str, float], name: str) -> Callable[[list[float]], None]:
     def receive(values: list[float]) -> None:
         norm = math.hypot(*values)
-        if math.isfinite(norm):
+        if measures.representable(norm):
             norms[name] = norm
 
     return receive

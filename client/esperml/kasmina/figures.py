@@ -1,0 +1,31 @@
+"""What a report tells of seeds and of the optimizer."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+from esperml.kasmina.measures import representable
+from esperml.kasmina.seeds import Seed
+from esperml.v1 import health_pb2
+
+
+def seed_signal(seed: Seed, gradient_norm: float | None) -> health_pb2.SeedSignal:
+    """How a seed fares. ``gradient_norm`` is ``None`` where it was not measured."""
+    return health_pb2.SeedSignal(
+        seed_id=seed.seed_id,
+        place=seed.place,
+        stage=seed.stage,
+        blueprint=seed.blueprint,
+        alpha=seed.alpha,
+        steps_in_stage=seed.steps_in_stage,
+        parameters=seed.parameter_count,
+        ablation_contribution=seed.ablation_contribution,
+        gradient_norm=gradient_norm,
+        errors=seed.errors,
+    )
+
+
+def learning_rate(optimizer: Optimizer) -> float | None:
+    """That of the first group; ``None`` where it has none, or none that makes sense."""
+    rate = float(optimizer.param_groups[0].get("lr", -1.0))
+    return rate if representable(rate) and rate >= 0 else None
