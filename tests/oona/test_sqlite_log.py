@@ -3,7 +3,7 @@ from __future__ import annotations
 import sqlite3
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from esperml.oona.frames import decode
@@ -103,6 +103,7 @@ async def test_a_file_cut_off_is_refused(path, make_event):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.floats(0, 1, exclude_max=True), garbage=st.binary(min_size=16, max_size=64))
+@example(position=0.0625, garbage=b"\x80" + bytes(15))  # SQLite's message about it is no UTF-8.
 async def test_a_damaged_file_is_read_right_or_refused(path, make_event, position, garbage):
     for leftover in path.parent.iterdir():
         leftover.unlink()
@@ -122,6 +123,16 @@ async def test_a_damaged_file_is_read_right_or_refused(path, make_event, positio
         pass
     finally:
         await log.close()
+
+
+async def test_a_groups_progress_that_is_no_json_is_refused(path, make_event):
+    await fill(path, make_event, frames=1)
+    connection = sqlite3.connect(path)
+    connection.execute("INSERT INTO groups (kind, name, committed, done) VALUES (2, 'g', 0, '[[')")
+    connection.commit()
+    connection.close()
+    with pytest.raises(LogDamagedError, match="is damaged"):
+        SqliteLog(path)
 
 
 async def test_a_full_disk_refuses_and_recovers_after_a_purge(path, make_event):

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 _MAX_TRANSACTION_REQUESTS: Final = 1024
 _MAX_TRANSACTION_BYTES: Final = 32 * 2**20
 
+# What a damaged file raises. SQLite quotes what it found in its messages, which then need not be text.
+_DAMAGED: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
+
 _T = TypeVar("_T")
 
 
@@ -155,7 +158,7 @@ class SqliteLog:
         self._lock = _lock(path)
         try:
             self._open(max_bytes)
-        except sqlite3.DatabaseError as error:
+        except (*_DAMAGED, json.JSONDecodeError) as error:
             self._lock.close()
             if isinstance(error, sqlite3.OperationalError):
                 raise LogUnavailableError(f"{path}: cannot be opened: {error}") from error
@@ -196,7 +199,7 @@ class SqliteLog:
             self._last_time_ns = row[0] or 0
             self._read_connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
             self._read_connection.execute("PRAGMA query_only = ON")
-        except (sqlite3.DatabaseError, LogDamagedError):
+        except (*_DAMAGED, json.JSONDecodeError, LogDamagedError):
             self._connection.close()
             raise
 
@@ -315,7 +318,7 @@ class SqliteLog:
                     request.error = error
             transaction.write_summary(before)
             self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             problem = LogUnavailableError(f"{self._path.name}: cannot store: {error}")
@@ -329,7 +332,7 @@ class SqliteLog:
     async def _in_reader(self, query: Callable[[], _T]) -> _T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._readers, query)
-        except sqlite3.DatabaseError as error:
+        except _DAMAGED as error:
             raise LogDamagedError(f"{self._path}: cannot be read: {error}") from error
 
     def _read_frames(self, kind: int, offset: int, max_bytes: int) -> list[StoredFrame]:
