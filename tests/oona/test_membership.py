@@ -145,3 +145,41 @@ async def test_a_stream_that_has_been_replaced_stores_nothing_more(bus, make_eve
     with pytest.raises(StreamEndedError, match="another stream"):
         await serving
     assert await bus.broker.next_sequence("twice") == 1
+
+
+async def test_a_member_without_credit_holds_up_its_group_only_until_it_leaves(
+    bus, open_stream, make_event, monkeypatch
+):
+    monkeypatch.setattr("esperml.oona.members._MAX_WAITING", 4)
+    async with open_stream(bus.target, "stuck") as stuck, open_stream(bus.target, "working") as working:
+        await stuck.answer(subscribe=subscribe(group="g"))
+        await working.answer(subscribe=subscribe(group="g"))
+        await working.send(grant=oona_pb2.Grant(subscription_id=1, messages=100))
+        first = oona_pb2.Publish(kind=EVENTS, first_sequence=1, events=[make_event(run) for run in "abababab"])
+        await working.answer(publish=first)
+        assert [record.offset for record in await working.records(4)] == [1, 3, 5, 7]
+        second = oona_pb2.Publish(kind=EVENTS, first_sequence=9, events=[make_event("b")])
+        await working.answer(publish=second)
+        assert bus.broker._groups[EVENTS, "g"].state.cursor == 8
+        await stuck.answer(unsubscribe=oona_pb2.Unsubscribe(subscription_id=1))
+        assert [record.offset for record in await working.records(5)] == [0, 2, 4, 6, 8]
+
+
+async def test_an_acknowledgement_that_cannot_be_stored_is_stored_with_the_next(bus, open_stream, store):
+    await store(2)
+    async with open_stream(bus.target) as stream:
+        await stream.answer(subscribe=subscribe(group="g"))
+        await stream.send(grant=oona_pb2.Grant(subscription_id=1, messages=2))
+        await stream.records(2)
+        refuse = "CREATE TRIGGER refuse BEFORE UPDATE ON groups BEGIN SELECT RAISE(ABORT, 'full'); END"
+        bus.log._connection.execute(refuse)
+        acked = [oona_pb2.OffsetRange(first=0, last=0)]
+        refused = await stream.answer(ack=oona_pb2.Ack(subscription_id=1, acked=acked))
+        assert refused.rejected.reason == oona_pb2.REJECT_REASON_STORAGE
+        bus.log._connection.execute("DROP TRIGGER refuse")
+        acked = [oona_pb2.OffsetRange(first=1, last=1)]
+        stored = await stream.answer(ack=oona_pb2.Ack(subscription_id=1, acked=acked))
+        assert stored.acked.committed_offset == 2
+    await bus.stop()
+    await bus.start()
+    assert bus.broker.groups(EVENTS)[0].committed_offset == 2

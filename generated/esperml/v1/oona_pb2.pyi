@@ -412,7 +412,8 @@ class Subscribe(message.Message):
     """The log."""
     group: builtins.str
     """Members of a group share its records: a run's records go to one member, in order, for as long as it lives. Empty:
-    a private reader, which has nothing to acknowledge.
+    a private reader, which has nothing to acknowledge. A member that grants no credit keeps its runs all the same:
+    once 65,536 records of a group wait for credit, the whole group waits until some is granted or the member leaves.
     """
     end_offset: builtins.int
     """Stop before this offset. Absent: never. Private readers only."""
@@ -477,7 +478,9 @@ class Subscribed(message.Message):
 
 @typing.final
 class Grant(message.Message):
-    """Adds credit. Credit adds up, and each delivered record uses one message and its size in bytes."""
+    """Adds credit. Credit adds up, and each delivered record uses one message and its size in bytes. Credit for a
+    subscription that the server has ended is ignored: the two frames may have crossed.
+    """
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -555,7 +558,9 @@ class OffsetRange(message.Message):
 
 @typing.final
 class Ack(message.Message):
-    """Says what became of delivered records of a group."""
+    """Says what became of delivered records of a group. Where the log cannot store it, it is rejected with STORAGE and
+    holds for as long as the server runs; the next one of the group that is stored stores it too.
+    """
 
     DESCRIPTOR: descriptor.Descriptor
 
