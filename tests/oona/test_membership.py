@@ -183,3 +183,30 @@ async def test_an_acknowledgement_that_cannot_be_stored_is_stored_with_the_next(
     await bus.stop()
     await bus.start()
     assert bus.broker.groups(EVENTS)[0].committed_offset == 2
+
+
+async def test_a_stream_on_which_nothing_is_said_is_ended(bus, open_stream, monkeypatch):
+    monkeypatch.setattr("esperml.oona.stream._OPEN_TIMEOUT_S", 0.05)
+    async with open_stream(bus.target, None) as stream:
+        code, detail = await stream.status()
+    assert (code, detail) == (grpc.StatusCode.INVALID_ARGUMENT, "request: the first must be open, but is nothing")
+
+
+async def test_clients_that_vanish_in_the_middle_of_a_delivery_are_no_errors(bus, open_stream, make_event, caplog):
+    events = [make_event(mark="x" * 5000) for _ in range(200)]
+    for sequence in range(1, 2001, 200):
+        request = oona_pb2.Publish(kind=EVENTS, first_sequence=sequence, events=events)
+        await bus.broker.publish("publisher", request)
+
+    async def read_a_little(number: int) -> None:
+        async with open_stream(bus.target, f"reader-{number % 16}") as stream:
+            await stream.answer(subscribe=subscribe(start=EARLIEST))
+            await stream.send(grant=oona_pb2.Grant(subscription_id=1, messages=10**6))
+            for _ in range(number % 8):
+                await stream.read()
+
+    for first in range(0, 96, 16):
+        await asyncio.gather(*(read_a_little(first + number) for number in range(16)))
+    while bus.service._open:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert [entry.getMessage() for entry in caplog.records if entry.levelname == "ERROR"] == []

@@ -27,7 +27,7 @@ class ServerSettings(Section):
 class OonaSettings(Section):
     """The bus."""
 
-    max_frame_bytes: int = Field(16 * 2**20, ge=2**16, le=2**30, description="Most bytes that a frame may have.")
+    max_frame_bytes: int = Field(16 * 2**20, ge=2**16, le=2**29, description="Most bytes that a frame may have.")
     max_streams: int = Field(1024, ge=1, description="Streams that may be open at the same time.")
     ack_deadline_s: float = Field(
         30.0, gt=0, description="Time after which an unacknowledged record comes again, in s."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import grpc
@@ -74,18 +75,24 @@ class OonaService(oona_pb2_grpc.OonaServicer):
             frame = await context.read()
             return frame if isinstance(frame, oona_pb2.StreamRequest | UnreadableFrame) else None
 
+        async def write(response: oona_pb2.StreamResponse) -> None:
+            try:
+                await context.write(response)
+            except grpc.aio.InternalError as error:
+                raise StreamEndedError(grpc.StatusCode.CANCELLED, "the client has gone") from error
+
         limit = self._broker.settings.max_streams
         if self._open >= limit:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{limit} streams are open, which is the limit")
         self._open += 1
-        stream = ClientStream(self._broker, read, context.write)
+        stream = ClientStream(self._broker, read, write)
         try:
             await stream.open()
             self._replace(stream)
             await stream.serve()
         except StreamEndedError as error:
             _log.info("stream_ended", client_id=stream.client_id, code=error.code.name, detail=error.detail)
-            await context.abort(error.code, error.detail)
+            await _abort(context, error)
         finally:
             self._open -= 1
             if self._streams.get(stream.client_id) is stream:
@@ -127,6 +134,16 @@ class OonaService(oona_pb2_grpc.OonaServicer):
         if (old := self._streams.get(stream.client_id)) is not None:
             old.end(grpc.StatusCode.ABORTED, f"another stream was opened as {stream.client_id!r}")
         self._streams[stream.client_id] = stream
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: StreamEndedError) -> None:
+    """End the stream with its status, or, where nobody is left to be told, as gRPC ends a cancelled call: quietly."""
+    if error.code is grpc.StatusCode.CANCELLED:
+        raise asyncio.CancelledError from error
+    try:
+        await context.abort(error.code, error.detail)
+    except grpc.aio.InternalError as gone:
+        raise asyncio.CancelledError from gone
 
 
 def add_to_server(service: OonaService, server: grpc.aio.Server) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Frames that wait for the transport; a client that reads nothing costs no more than these.
 _OUTBOX_FRAMES: Final = 4
+# Streams are limited in number: one whose client says nothing must not keep a place for ever.
+_OPEN_TIMEOUT_S: Final = 10.0
 # Requests and bytes of them that may wait for the log before no more are read.
 _UNANSWERED_REQUESTS: Final = 1024
 _UNANSWERED_BYTES: Final = 64 * 2**20
@@ -111,7 +113,11 @@ class ClientStream:
         Raises:
             StreamEndedError: it is not a proper Open.
         """
-        request = await self._next_request()
+        try:
+            async with asyncio.timeout(_OPEN_TIMEOUT_S):
+                request = await self._next_request()
+        except TimeoutError:
+            request = None
         name = "nothing" if request is None else request.WhichOneof("request") or "empty"
         if request is None or name != "open":
             raise StreamEndedError(grpc.StatusCode.INVALID_ARGUMENT, f"request: the first must be open, but is {name}")
