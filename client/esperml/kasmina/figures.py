@@ -1,6 +1,9 @@
-"""What a report tells of seeds and of the optimizer."""
+"""What a session tells of seeds, of the optimizer and of itself."""
 
 from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 from torch.optim import Optimizer
 
@@ -29,3 +32,12 @@ def learning_rate(optimizer: Optimizer) -> float | None:
     """That of the first group; ``None`` where it has none, or none that makes sense."""
     rate = float(optimizer.param_groups[0].get("lr", -1.0))
     return rate if representable(rate) and rate >= 0 else None
+
+
+@cache
+def client_version() -> str:
+    """The installed version, which takes reading files."""
+    try:
+        return version("esperml")
+    except PackageNotFoundError:
+        return "unknown"

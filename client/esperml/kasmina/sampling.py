@@ -125,16 +125,25 @@ def pick_for_graft(geometry: Geometry, x: Tensor, output_shape: tuple[int, ...],
 
 def signals(kind: graph_pb2.LayerType.ValueType, x: Tensor) -> Tensor:
     """A bounded part of a layer's input in which neighbours are neighbours. Shapes: to (n, channels, width)."""
-    part = x[:: max(x.shape[0] // MAX_ROWS, 1)][:MAX_ROWS]
+    part = _thinned(x)
     width = x.shape[-1]
     lines = part.reshape(-1, 1, width) if kind == LINEAR else part.reshape(part.shape[0], -1, width)
     if kind not in CONV_RANKS:
-        lines = lines[:: max(lines.shape[0] // MAX_ROWS, 1)][:MAX_ROWS]
+        lines = _thinned(lines)
+    if lines.shape[1] * width <= MAX_FEATURES:
+        return lines
     return lines[:, : max(MAX_FEATURES // width, 1), :MAX_FEATURES]
 
 
+# On small hosts a slice that leaves all as it is costs as much as the arithmetic.
+
+
+def _thinned(x: Tensor) -> Tensor:
+    return x if x.shape[0] <= MAX_ROWS else x[:: x.shape[0] // MAX_ROWS][:MAX_ROWS]
+
+
 def _bounded(rows: Tensor) -> Tensor:
-    return rows[:, :: math.ceil(rows.shape[1] / MAX_FEATURES)]
+    return rows if rows.shape[1] <= MAX_FEATURES else rows[:, :: math.ceil(rows.shape[1] / MAX_FEATURES)]
 
 
 def _unravel(index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:

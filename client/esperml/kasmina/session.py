@@ -6,7 +6,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
@@ -19,7 +18,7 @@ from esperml.kasmina import stages
 from esperml.kasmina.clock import StepClock
 from esperml.kasmina.commands import Commander
 from esperml.kasmina.evaluation import Evaluator, evaluate_host, evaluate_without
-from esperml.kasmina.figures import learning_rate, seed_signal
+from esperml.kasmina.figures import client_version, learning_rate, seed_signal
 from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.grpc_link import GrpcLink
 from esperml.kasmina.host import host_of
@@ -97,7 +96,12 @@ def connect(
     host_of(model)
     link = GrpcLink(target, run, token=token) if isinstance(target, str) else target
     started = run_pb2.RunStarted(
-        limits=limits, mode=_MODES[mode], policy=policy, paired_run=paired_run, labels=labels, client_version=_version()
+        limits=limits,
+        mode=_MODES[mode],
+        policy=policy,
+        paired_run=paired_run,
+        labels=labels,
+        client_version=client_version(),
     )
     return Session(
         link,
@@ -390,10 +394,3 @@ def _first_and_last(pair: tuple[float, float] | None, value: float | None) -> tu
     if value is None:
         return pair
     return (value if pair is None else pair[0], value)
-
-
-def _version() -> str:
-    try:
-        return version("esperml")
-    except PackageNotFoundError:
-        return "unknown"
