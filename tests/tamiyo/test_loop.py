@@ -1,6 +1,8 @@
+import asyncio
 import contextlib
 
 import pytest
+from structlog.testing import capture_logs
 
 from esperml.client import OonaClient
 from esperml.tamiyo.loop import NotConnectedError, TamiyoLoop, in_frames
@@ -188,3 +190,22 @@ def test_frames_keep_order_within_a_kind_and_stay_small():
         (decisions, ["d"]),
         (commands, ["b"]),
     ]
+
+
+async def test_a_disk_that_refuses_acknowledgements_leaves_the_loop_standing(tools, tmp_path, bus, client):
+    refuse = "CREATE TRIGGER refuse BEFORE INSERT ON groups BEGIN SELECT RAISE(ABORT, 'full'); END"
+    bus.log._connection.execute(refuse)
+    controller = tools.controller(tmp_path)
+    with capture_logs() as logs:
+        async with TamiyoLoop(controller).running(bus.target):
+            while not any(entry["event"] == "group_not_founded" for entry in logs):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            bus.log._connection.execute("DROP TRIGGER refuse")
+            await publish(client, session(tools, "before"))
+            while not controller.knows("before"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            bus.log._connection.execute(refuse)
+            for run_id in ("first", "second"):
+                await publish(client, session(tools, run_id))
+                while not controller.knows(run_id):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)

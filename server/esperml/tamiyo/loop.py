@@ -22,6 +22,7 @@ from esperml.client import (
     OonaClient,
     OonaError,
     RejectedError,
+    StorageError,
     Subscription,
 )
 from esperml.contract import InvalidFieldError, kind_name
@@ -46,7 +47,7 @@ CATCH_UP_S: Final = 5.0
 """Longest time that the end of a run waits for its last reports, in s."""
 
 RETRY_S: Final = 1.0
-"""Time between two tries to read what the bus has kept, in s."""
+"""Time between two tries of what the bus could not do just then, in s."""
 
 log = structlog.get_logger(__name__)
 
@@ -116,6 +117,10 @@ class TamiyoLoop:
                         await self._take(subscription, records)
             except BehindFloorError as error:
                 log.warning("records_purged", kind=kind_name(kind), earliest_offset=error.earliest_offset)
+            except StorageError as error:
+                # The group is new, and where it starts cannot be stored yet.
+                log.warning("group_not_founded", kind=kind_name(kind), problem=str(error))
+                await asyncio.sleep(RETRY_S)
 
     async def _take(self, subscription: Subscription, records: Sequence[event_pb2.Record]) -> None:
         for record in records:
@@ -128,7 +133,12 @@ class TamiyoLoop:
             except (RejectedError, FrameTooLargeError) as error:
                 # The bus stands, and will not take this ever: what can be done is to say so and go on.
                 log.error("publish_refused", run_id=record.event.run_id, problem=str(error))  # noqa: TRY400
-        committed = await subscription.ack(*records)
+        try:
+            committed = await subscription.ack(*records)
+        except StorageError as error:
+            # It holds while the server runs, and is stored with the next one that can be.
+            log.warning("acknowledgement_not_stored", kind=kind_name(subscription.kind), problem=str(error))
+            return
         if committed is not None:
             async with self._progress:
                 self._committed[subscription.kind] = committed
