@@ -218,3 +218,13 @@ async def test_frames_share_what_comes_in_quick_succession(bus, monkeypatch):
     assert len(frames) < 5
     assert statistics.connected
     assert statistics.sender_seconds > 0
+
+
+def test_losses_beyond_32_bits_do_not_spoil_a_report(case, bench):
+    here = case("mlp")
+    with connect(here, bench, evaluate=lambda _model: 1e39) as session:
+        session.step(loss=1e39)
+    assert session.failure == ""
+    check_report(bench.reports[0], bench.payloads("run_started")[0].graph)
+    assert not bench.reports[0].run.HasField("held_out_loss")
+    assert not bench.reports[0].run.HasField("train_loss")
