@@ -6,11 +6,16 @@ from pathlib import Path
 
 import grpc
 import pytest
+from hypothesis import HealthCheck, settings
 
 from esperml.client import new_event
 from esperml.oona import Broker, OonaService, SqliteLog, add_to_server, server_options
 from esperml.settings import OonaSettings
 from esperml.v1 import event_pb2, run_pb2
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 class Bus:
