@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from esperml.client import new_event
@@ -16,6 +18,13 @@ from esperml.v1 import event_pb2, run_pb2
 # How long an example takes says more about what else the machine does than about the code.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
+
+
+@pytest.fixture(autouse=True)
+def _log_as_configured_by_the_test_alone() -> Iterator[None]:
+    """Commands that tests run in this process configure its log; the next test shall not find it so."""
+    yield
+    structlog.reset_defaults()
 
 
 class Bus:

@@ -24,8 +24,8 @@ from esperml.v1 import event_pb2
 
 HOSTS = {"digits": HostSpec("digits", (16, 3), batch_size=32, learning_rate=3e-3)}
 PLAN = Plan(
-    steps=300, report_every=20, warmup_steps=40, decision_interval_steps=40, blend_steps=10, hold_steps=20,
-    last_germination_step=200, graft_parameter_budget=200, parameter_budget=400,
+    steps=1500, report_every=50, warmup_steps=100, decision_interval_steps=100, blend_steps=10, hold_steps=50,
+    last_germination_step=1200, graft_parameter_budget=200, parameter_budget=400,
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ class _Killer(Lines):
     pid = 0
 
     def progress(self, host: str, role: Role, moment: Progress) -> None:
-        if role == "adapted" and moment.step == 160:
+        if role == "adapted" and moment.step == 750:
             os.kill(self.pid, signal.SIGKILL)
 
 
@@ -103,7 +103,7 @@ def test_a_server_killed_in_the_middle_leaves_training_to_finish_and_the_demo_sa
     asked = Demo(out=tmp_path, plan=PLAN, hosts=HOSTS, policy="chance")
     story = run_demo(asked, watcher, on_server=lambda server: setattr(watcher, "pid", server.pid))
     [host] = story.hosts
-    assert {role: len(host.twins[role].curve) for role in ROLES} == dict.fromkeys(ROLES, 15)
+    assert {role: len(host.twins[role].curve) for role in ROLES} == dict.fromkeys(ROLES, 30)
     assert story.server_lost.endswith("digits under Tamiyo")
     assert f"the server was lost {story.server_lost}" in console.file.getvalue()
     summary = json.loads((tmp_path / "summary.json").read_text())
