@@ -7,8 +7,6 @@ from pathlib import Path
 
 import click
 
-from esperml.settings import SettingsError, sources
-
 
 @click.group()
 def config() -> None:
@@ -29,6 +27,8 @@ def show(file: Path | None, as_json: bool) -> None:
     Example:
         ESPER_TAMIYO__CONFIDENCE_THRESHOLD=0.7 esper config show
     """
+    from esperml.settings import SettingsError, sources
+
     try:
         _, listed = sources(file=file)
     except SettingsError as error:

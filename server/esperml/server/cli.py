@@ -10,8 +10,6 @@ from pathlib import Path
 
 import click
 
-from esperml.settings import SettingsError, configure_logging, load
-
 
 @click.command()
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
@@ -43,6 +41,8 @@ def serve(
         esper serve --policy policies/mine
         grpcurl -plaintext -d @ localhost:50051 esperml.v1.Tamiyo/Decide < examples/decide.json
     """
+    from esperml.settings import SettingsError, configure_logging, load
+
     flags = {
         "server.host": host,
         "server.port": port,
