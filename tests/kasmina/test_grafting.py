@@ -317,3 +317,15 @@ def test_a_grown_host_moves_to_another_precision_as_one(case):
     here.model.double()
     here.model(here.inputs[0].double())
     assert seed.errors == 0
+
+
+def test_a_fossil_counts_the_steps_since_it_became_one(case):
+    here = case("mlp")
+    grafter = kasmina.Grafter(kasmina.host_of(here.model), here.optimizer)
+    seed = plant(grafter)
+    while seed.stage != stages.HOLDING:
+        grafter.advance()
+    grafter.fossilise("s")
+    grafter.advance()
+    grafter.advance()
+    assert seed.steps_in_stage == 2

@@ -85,10 +85,10 @@ class Seed:
 
     def advance(self) -> None:
         """One optimizer step has passed: alpha rises, and automatic transitions are taken."""
-        if not self.live:
-            return
         self.age += 1
         self.steps_in_stage += 1
+        if not self.live:
+            return
         if not self.held:
             self.alpha = 1.0 if self.age + 1 >= self.blend_steps else (self.age + 1) / self.blend_steps
         following = stages.advance(self.stage, self.facts)
