@@ -21,7 +21,7 @@ from esperml.trainer.arena.twins import Plan, Progress, train_twin
 from esperml.v1 import event_pb2
 
 PLAN: Final = Plan().stretched(2)
-"""Slower than what experience was collected at: with longer intervals telemetry costs less of the time."""
+"""The slowest pace at which experience is collected: with longer intervals telemetry costs less of the time."""
 
 QUICK_PLAN: Final = Plan(
     steps=200, report_every=20, warmup_steps=40, decision_interval_steps=40, last_germination_step=140
