@@ -97,9 +97,9 @@ def test_every_stage_but_the_ends_has_a_way_on():
         assert bool(ways) == (stage != stages.FOSSILISED)
 
 
-def test_a_fossil_does_not_advance():
+def test_a_fossil_stays_one_and_its_age_is_counted():
     seed = Seed("s", 0, "none", nn.Identity(), blend_steps=0)
     seed.advance()
     seed.enter(stages.FOSSILISED)
     seed.advance()
-    assert (seed.stage, seed.steps_in_stage) == (stages.FOSSILISED, 0)
+    assert (seed.stage, seed.alpha, seed.steps_in_stage) == (stages.FOSSILISED, 1, 1)
