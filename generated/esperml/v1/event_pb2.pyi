@@ -172,8 +172,8 @@ class Record(message.Message):
     offset: builtins.int
     """Position in the log of its kind, from 0, without gaps."""
     delivery_attempt: builtins.int
-    """How often it was delivered to this group since the server started, this time included; from 1. 1 for a private
-    reader.
+    """How often it was delivered to this group, this time included; from 1. Deliveries that were under way when the server
+    ended are not counted. 1 for a private reader.
     """
     @builtins.property
     def append_time(self) -> timestamp_pb2.Timestamp:

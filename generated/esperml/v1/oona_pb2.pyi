@@ -98,6 +98,10 @@ class _RejectReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_RejectRea
     """The log could not store: the disk is full, for example. Try again later."""
     REJECT_REASON_GROUP_MISMATCH: _RejectReason.ValueType  # 7
     """Another member of the group asked for other filters."""
+    REJECT_REASON_RESOURCE_EXHAUSTED: _RejectReason.ValueType  # 8
+    """The client is over its rate, or the log over its limit. Try again after retry_after."""
+    REJECT_REASON_FORBIDDEN: _RejectReason.ValueType  # 9
+    """The client's token does not allow it."""
 
 class RejectReason(_RejectReason, metaclass=_RejectReasonEnumTypeWrapper):
     """Why a request could not be met."""
@@ -118,6 +122,37 @@ REJECT_REASON_STORAGE: RejectReason.ValueType  # 6
 """The log could not store: the disk is full, for example. Try again later."""
 REJECT_REASON_GROUP_MISMATCH: RejectReason.ValueType  # 7
 """Another member of the group asked for other filters."""
+REJECT_REASON_RESOURCE_EXHAUSTED: RejectReason.ValueType  # 8
+"""The client is over its rate, or the log over its limit. Try again after retry_after."""
+REJECT_REASON_FORBIDDEN: RejectReason.ValueType  # 9
+"""The client's token does not allow it."""
+
+class _DeadLetterReason:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeadLetterReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_DeadLetterReason.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    DEAD_LETTER_REASON_UNSPECIFIED: _DeadLetterReason.ValueType  # 0
+    """Not stated."""
+    DEAD_LETTER_REASON_NACKED: _DeadLetterReason.ValueType  # 1
+    """Its last delivery was given back."""
+    DEAD_LETTER_REASON_EXPIRED: _DeadLetterReason.ValueType  # 2
+    """The deadline of its last delivery passed."""
+    DEAD_LETTER_REASON_MEMBER_LEFT: _DeadLetterReason.ValueType  # 3
+    """The member that had its last delivery left."""
+
+class DeadLetterReason(_DeadLetterReason, metaclass=_DeadLetterReasonEnumTypeWrapper):
+    """Why a record became a dead letter."""
+
+DEAD_LETTER_REASON_UNSPECIFIED: DeadLetterReason.ValueType  # 0
+"""Not stated."""
+DEAD_LETTER_REASON_NACKED: DeadLetterReason.ValueType  # 1
+"""Its last delivery was given back."""
+DEAD_LETTER_REASON_EXPIRED: DeadLetterReason.ValueType  # 2
+"""The deadline of its last delivery passed."""
+DEAD_LETTER_REASON_MEMBER_LEFT: DeadLetterReason.ValueType  # 3
+"""The member that had its last delivery left."""
 
 @typing.final
 class StreamRequest(message.Message):
@@ -406,6 +441,7 @@ class Subscribe(message.Message):
     START_FIELD_NUMBER: builtins.int
     END_OFFSET_FIELD_NUMBER: builtins.int
     ACK_DEADLINE_FIELD_NUMBER: builtins.int
+    REDELIVERY_FIELD_NUMBER: builtins.int
     subscription_id: builtins.int
     """Chosen by the client, unique on the stream, above 0."""
     kind: event_pb2.Kind.ValueType
@@ -429,6 +465,10 @@ class Subscribe(message.Message):
     def ack_deadline(self) -> duration_pb2.Duration:
         """Time after which a record that was not acknowledged is delivered again. Default 30 s. Groups only."""
 
+    @builtins.property
+    def redelivery(self) -> Redelivery:
+        """What becomes of records that were not acknowledged. Groups only."""
+
     def __init__(
         self,
         *,
@@ -439,14 +479,51 @@ class Subscribe(message.Message):
         start: StartAt | None = ...,
         end_offset: builtins.int | None = ...,
         ack_deadline: duration_pb2.Duration | None = ...,
+        redelivery: Redelivery | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_end_offset", b"_end_offset", "ack_deadline", b"ack_deadline", "end_offset", b"end_offset", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_end_offset", b"_end_offset", "ack_deadline", b"ack_deadline", "end_offset", b"end_offset", "redelivery", b"redelivery", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_end_offset", b"_end_offset", "ack_deadline", b"ack_deadline", "end_offset", b"end_offset", "group", b"group", "kind", b"kind", "run_ids", b"run_ids", "start", b"start", "subscription_id", b"subscription_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_end_offset", b"_end_offset", "ack_deadline", b"ack_deadline", "end_offset", b"end_offset", "group", b"group", "kind", b"kind", "redelivery", b"redelivery", "run_ids", b"run_ids", "start", b"start", "subscription_id", b"subscription_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end_offset: _TypeAlias = typing.Literal["end_offset"]  # noqa: Y015
     _WhichOneofArgType__end_offset: _TypeAlias = typing.Literal["_end_offset", b"_end_offset"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__end_offset) -> _WhichOneofReturnType__end_offset | None: ...
+
+@typing.final
+class Redelivery(message.Message):
+    """How a record that was given back, or held for too long, is delivered again: after min_delay at first, and after twice
+    the last delay each further time, up to max_delay. A record that was delivered max_attempts times becomes a dead
+    letter of the group, and its run goes on behind it. A record that comes back because its member left waits for
+    nothing, but counts.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    MAX_ATTEMPTS_FIELD_NUMBER: builtins.int
+    MIN_DELAY_FIELD_NUMBER: builtins.int
+    MAX_DELAY_FIELD_NUMBER: builtins.int
+    max_attempts: builtins.int
+    """Deliveries of a record, the first one included. 0: the server's default."""
+    @builtins.property
+    def min_delay(self) -> duration_pb2.Duration:
+        """Time before the second delivery. Absent: the server's default."""
+
+    @builtins.property
+    def max_delay(self) -> duration_pb2.Duration:
+        """Longest time before a delivery. Absent: the server's default."""
+
+    def __init__(
+        self,
+        *,
+        max_attempts: builtins.int = ...,
+        min_delay: duration_pb2.Duration | None = ...,
+        max_delay: duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["max_delay", b"max_delay", "min_delay", b"min_delay"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["max_attempts", b"max_attempts", "max_delay", b"max_delay", "min_delay", b"min_delay"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class Subscribed(message.Message):
@@ -700,6 +777,7 @@ class Rejected(message.Message):
     MESSAGE_FIELD_NUMBER: builtins.int
     EARLIEST_OFFSET_FIELD_NUMBER: builtins.int
     EXPECTED_SEQUENCE_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_FIELD_NUMBER: builtins.int
     reason: RejectReason.ValueType
     """Why."""
     message: builtins.str
@@ -708,6 +786,10 @@ class Rejected(message.Message):
     """First offset that is still there, where that is the reason."""
     expected_sequence: builtins.int
     """The sequence that was expected, where that is the reason."""
+    @builtins.property
+    def retry_after(self) -> duration_pb2.Duration:
+        """When it is worth while to try again, where that is known."""
+
     def __init__(
         self,
         *,
@@ -715,10 +797,11 @@ class Rejected(message.Message):
         message: builtins.str = ...,
         earliest_offset: builtins.int | None = ...,
         expected_sequence: builtins.int | None = ...,
+        retry_after: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_earliest_offset", b"_earliest_offset", "_expected_sequence", b"_expected_sequence", "earliest_offset", b"earliest_offset", "expected_sequence", b"expected_sequence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_earliest_offset", b"_earliest_offset", "_expected_sequence", b"_expected_sequence", "earliest_offset", b"earliest_offset", "expected_sequence", b"expected_sequence", "retry_after", b"retry_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_earliest_offset", b"_earliest_offset", "_expected_sequence", b"_expected_sequence", "earliest_offset", b"earliest_offset", "expected_sequence", b"expected_sequence", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_earliest_offset", b"_earliest_offset", "_expected_sequence", b"_expected_sequence", "earliest_offset", b"earliest_offset", "expected_sequence", b"expected_sequence", "message", b"message", "reason", b"reason", "retry_after", b"retry_after"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__earliest_offset: _TypeAlias = typing.Literal["earliest_offset"]  # noqa: Y015
     _WhichOneofArgType__earliest_offset: _TypeAlias = typing.Literal["_earliest_offset", b"_earliest_offset"]  # noqa: Y015
@@ -728,6 +811,43 @@ class Rejected(message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__earliest_offset) -> _WhichOneofReturnType__earliest_offset | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_sequence) -> _WhichOneofReturnType__expected_sequence | None: ...
+
+@typing.final
+class Retention(message.Message):
+    """What a topic keeps: records leave, oldest first, as soon as any of the limits is passed."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    AGE_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    RECORDS_FIELD_NUMBER: builtins.int
+    bytes: builtins.int
+    """Most bytes of the events. Absent: no limit."""
+    records: builtins.int
+    """Most records. Absent: no limit."""
+    @builtins.property
+    def age(self) -> duration_pb2.Duration:
+        """Longest time since they were stored. Absent: for ever."""
+
+    def __init__(
+        self,
+        *,
+        age: duration_pb2.Duration | None = ...,
+        bytes: builtins.int | None = ...,
+        records: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_bytes", b"_bytes", "_records", b"_records", "age", b"age", "bytes", b"bytes", "records", b"records"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_bytes", b"_bytes", "_records", b"_records", "age", b"age", "bytes", b"bytes", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bytes: _TypeAlias = typing.Literal["bytes"]  # noqa: Y015
+    _WhichOneofArgType__bytes: _TypeAlias = typing.Literal["_bytes", b"_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__records: _TypeAlias = typing.Literal["records"]  # noqa: Y015
+    _WhichOneofArgType__records: _TypeAlias = typing.Literal["_records", b"_records"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bytes) -> _WhichOneofReturnType__bytes | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__records) -> _WhichOneofReturnType__records | None: ...
 
 @typing.final
 class ListTopicsRequest(message.Message):
@@ -754,6 +874,7 @@ class Topic(message.Message):
     EARLIEST_OFFSET_FIELD_NUMBER: builtins.int
     NEXT_OFFSET_FIELD_NUMBER: builtins.int
     BYTES_FIELD_NUMBER: builtins.int
+    RETENTION_FIELD_NUMBER: builtins.int
     kind: event_pb2.Kind.ValueType
     """Its kind."""
     earliest_offset: builtins.int
@@ -762,6 +883,10 @@ class Topic(message.Message):
     """Offset of the next record to be stored."""
     bytes: builtins.int
     """Bytes of the events stored."""
+    @builtins.property
+    def retention(self) -> Retention:
+        """What it keeps."""
+
     def __init__(
         self,
         *,
@@ -769,10 +894,11 @@ class Topic(message.Message):
         earliest_offset: builtins.int = ...,
         next_offset: builtins.int = ...,
         bytes: builtins.int = ...,
+        retention: Retention | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["bytes", b"bytes", "earliest_offset", b"earliest_offset", "kind", b"kind", "next_offset", b"next_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bytes", b"bytes", "earliest_offset", b"earliest_offset", "kind", b"kind", "next_offset", b"next_offset", "retention", b"retention"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -828,6 +954,7 @@ class Group(message.Message):
     COMMITTED_OFFSET_FIELD_NUMBER: builtins.int
     LAG_FIELD_NUMBER: builtins.int
     MEMBERS_FIELD_NUMBER: builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Its name."""
     committed_offset: builtins.int
@@ -836,6 +963,8 @@ class Group(message.Message):
     """Records from there to the end of the log."""
     members: builtins.int
     """Members now."""
+    dead_letters: builtins.int
+    """Records that it gave up on."""
     def __init__(
         self,
         *,
@@ -843,10 +972,11 @@ class Group(message.Message):
         committed_offset: builtins.int = ...,
         lag: builtins.int = ...,
         members: builtins.int = ...,
+        dead_letters: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["committed_offset", b"committed_offset", "lag", b"lag", "members", b"members", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["committed_offset", b"committed_offset", "dead_letters", b"dead_letters", "lag", b"lag", "members", b"members", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -919,5 +1049,201 @@ class PurgeTopicResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["earliest_offset", b"earliest_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DeadLetter(message.Message):
+    """A record that a group gave up on. It is kept beside the log, so that it outlives the log's own record."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    REPLAYING_FIELD_NUMBER: builtins.int
+    reason: DeadLetterReason.ValueType
+    """Why."""
+    replaying: builtins.bool
+    """Given back to the group and not acknowledged yet."""
+    @builtins.property
+    def record(self) -> event_pb2.Record:
+        """The record, with the attempt of its last delivery."""
+
+    @builtins.property
+    def time(self) -> timestamp_pb2.Timestamp:
+        """When the group gave it up."""
+
+    def __init__(
+        self,
+        *,
+        record: event_pb2.Record | None = ...,
+        time: timestamp_pb2.Timestamp | None = ...,
+        reason: DeadLetterReason.ValueType = ...,
+        replaying: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["record", b"record", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["reason", b"reason", "record", b"record", "replaying", b"replaying", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListDeadLettersRequest(message.Message):
+    """Asks for dead letters."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    FROM_OFFSET_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    kind: event_pb2.Kind.ValueType
+    """The topic."""
+    group: builtins.str
+    """The group. Required."""
+    from_offset: builtins.int
+    """Only those from this offset on."""
+    limit: builtins.int
+    """Most to list, at most 1,000. 0: 100."""
+    def __init__(
+        self,
+        *,
+        kind: event_pb2.Kind.ValueType = ...,
+        group: builtins.str = ...,
+        from_offset: builtins.int = ...,
+        limit: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["from_offset", b"from_offset", "group", b"group", "kind", b"kind", "limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListDeadLettersResponse(message.Message):
+    """Dead letters."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    DEAD_LETTERS_FIELD_NUMBER: builtins.int
+    NEXT_OFFSET_FIELD_NUMBER: builtins.int
+    next_offset: builtins.int
+    """From where to ask for the next page. Absent at the end."""
+    @builtins.property
+    def dead_letters(self) -> containers.RepeatedCompositeFieldContainer[DeadLetter]:
+        """By offset."""
+
+    def __init__(
+        self,
+        *,
+        dead_letters: abc.Iterable[DeadLetter] | None = ...,
+        next_offset: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_next_offset", b"_next_offset", "next_offset", b"next_offset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_next_offset", b"_next_offset", "dead_letters", b"dead_letters", "next_offset", b"next_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__next_offset: _TypeAlias = typing.Literal["next_offset"]  # noqa: Y015
+    _WhichOneofArgType__next_offset: _TypeAlias = typing.Literal["_next_offset", b"_next_offset"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__next_offset) -> _WhichOneofReturnType__next_offset | None: ...
+
+@typing.final
+class ReplayDeadLettersRequest(message.Message):
+    """Gives dead letters back to their group."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    OFFSETS_FIELD_NUMBER: builtins.int
+    kind: event_pb2.Kind.ValueType
+    """The topic."""
+    group: builtins.str
+    """The group. Required."""
+    @builtins.property
+    def offsets(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Which. Empty: all."""
+
+    def __init__(
+        self,
+        *,
+        kind: event_pb2.Kind.ValueType = ...,
+        group: builtins.str = ...,
+        offsets: abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["group", b"group", "kind", b"kind", "offsets", b"offsets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReplayDeadLettersResponse(message.Message):
+    """They are given back, and stored as such. Each stays a dead letter until the group acknowledges it."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: builtins.int
+    count: builtins.int
+    """How many."""
+    def __init__(
+        self,
+        *,
+        count: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PurgeDeadLettersRequest(message.Message):
+    """Deletes dead letters."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    OFFSETS_FIELD_NUMBER: builtins.int
+    kind: event_pb2.Kind.ValueType
+    """The topic."""
+    group: builtins.str
+    """The group. Required."""
+    @builtins.property
+    def offsets(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Which. Empty: all."""
+
+    def __init__(
+        self,
+        *,
+        kind: event_pb2.Kind.ValueType = ...,
+        group: builtins.str = ...,
+        offsets: abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["group", b"group", "kind", b"kind", "offsets", b"offsets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PurgeDeadLettersResponse(message.Message):
+    """They are gone."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: builtins.int
+    count: builtins.int
+    """How many."""
+    def __init__(
+        self,
+        *,
+        count: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

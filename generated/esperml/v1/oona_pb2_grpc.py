@@ -55,6 +55,21 @@ class OonaStub:
                 request_serializer=esperml_dot_v1_dot_oona__pb2.PurgeTopicRequest.SerializeToString,
                 response_deserializer=esperml_dot_v1_dot_oona__pb2.PurgeTopicResponse.FromString,
                 _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/esperml.v1.Oona/ListDeadLetters',
+                request_serializer=esperml_dot_v1_dot_oona__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=esperml_dot_v1_dot_oona__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.ReplayDeadLetters = channel.unary_unary(
+                '/esperml.v1.Oona/ReplayDeadLetters',
+                request_serializer=esperml_dot_v1_dot_oona__pb2.ReplayDeadLettersRequest.SerializeToString,
+                response_deserializer=esperml_dot_v1_dot_oona__pb2.ReplayDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.PurgeDeadLetters = channel.unary_unary(
+                '/esperml.v1.Oona/PurgeDeadLetters',
+                request_serializer=esperml_dot_v1_dot_oona__pb2.PurgeDeadLettersRequest.SerializeToString,
+                response_deserializer=esperml_dot_v1_dot_oona__pb2.PurgeDeadLettersResponse.FromString,
+                _registered_method=True)
 
 
 class OonaServicer:
@@ -112,6 +127,27 @@ class OonaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeadLetters(self, request, context):
+        """The records that a group gave up on, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplayDeadLetters(self, request, context):
+        """Gives dead letters back to their group, which gets them as if for the first time, beside the order of their runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeDeadLetters(self, request, context):
+        """Deletes dead letters.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OonaServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -134,6 +170,21 @@ def add_OonaServicer_to_server(servicer, server):
                     servicer.PurgeTopic,
                     request_deserializer=esperml_dot_v1_dot_oona__pb2.PurgeTopicRequest.FromString,
                     response_serializer=esperml_dot_v1_dot_oona__pb2.PurgeTopicResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=esperml_dot_v1_dot_oona__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=esperml_dot_v1_dot_oona__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'ReplayDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplayDeadLetters,
+                    request_deserializer=esperml_dot_v1_dot_oona__pb2.ReplayDeadLettersRequest.FromString,
+                    response_serializer=esperml_dot_v1_dot_oona__pb2.ReplayDeadLettersResponse.SerializeToString,
+            ),
+            'PurgeDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeDeadLetters,
+                    request_deserializer=esperml_dot_v1_dot_oona__pb2.PurgeDeadLettersRequest.FromString,
+                    response_serializer=esperml_dot_v1_dot_oona__pb2.PurgeDeadLettersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -245,6 +296,87 @@ class Oona:
             '/esperml.v1.Oona/PurgeTopic',
             esperml_dot_v1_dot_oona__pb2.PurgeTopicRequest.SerializeToString,
             esperml_dot_v1_dot_oona__pb2.PurgeTopicResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esperml.v1.Oona/ListDeadLetters',
+            esperml_dot_v1_dot_oona__pb2.ListDeadLettersRequest.SerializeToString,
+            esperml_dot_v1_dot_oona__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esperml.v1.Oona/ReplayDeadLetters',
+            esperml_dot_v1_dot_oona__pb2.ReplayDeadLettersRequest.SerializeToString,
+            esperml_dot_v1_dot_oona__pb2.ReplayDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esperml.v1.Oona/PurgeDeadLetters',
+            esperml_dot_v1_dot_oona__pb2.PurgeDeadLettersRequest.SerializeToString,
+            esperml_dot_v1_dot_oona__pb2.PurgeDeadLettersResponse.FromString,
             options,
             channel_credentials,
             insecure,

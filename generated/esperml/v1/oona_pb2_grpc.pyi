@@ -65,6 +65,12 @@ class OonaStub:
     """One topic, with its groups and their lag."""
     PurgeTopic: _grpc.UnaryUnaryMultiCallable[_oona_pb2.PurgeTopicRequest, _oona_pb2.PurgeTopicResponse]
     """Deletes old records of a topic. Offsets are never given out again."""
+    ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_oona_pb2.ListDeadLettersRequest, _oona_pb2.ListDeadLettersResponse]
+    """The records that a group gave up on, a page at a time."""
+    ReplayDeadLetters: _grpc.UnaryUnaryMultiCallable[_oona_pb2.ReplayDeadLettersRequest, _oona_pb2.ReplayDeadLettersResponse]
+    """Gives dead letters back to their group, which gets them as if for the first time, beside the order of their runs."""
+    PurgeDeadLetters: _grpc.UnaryUnaryMultiCallable[_oona_pb2.PurgeDeadLettersRequest, _oona_pb2.PurgeDeadLettersResponse]
+    """Deletes dead letters."""
 
 @_typing.type_check_only
 class OonaAsyncStub(OonaStub):
@@ -103,6 +109,12 @@ class OonaAsyncStub(OonaStub):
     """One topic, with its groups and their lag."""
     PurgeTopic: _aio.UnaryUnaryMultiCallable[_oona_pb2.PurgeTopicRequest, _oona_pb2.PurgeTopicResponse]  # type: ignore[assignment]
     """Deletes old records of a topic. Offsets are never given out again."""
+    ListDeadLetters: _aio.UnaryUnaryMultiCallable[_oona_pb2.ListDeadLettersRequest, _oona_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
+    """The records that a group gave up on, a page at a time."""
+    ReplayDeadLetters: _aio.UnaryUnaryMultiCallable[_oona_pb2.ReplayDeadLettersRequest, _oona_pb2.ReplayDeadLettersResponse]  # type: ignore[assignment]
+    """Gives dead letters back to their group, which gets them as if for the first time, beside the order of their runs."""
+    PurgeDeadLetters: _aio.UnaryUnaryMultiCallable[_oona_pb2.PurgeDeadLettersRequest, _oona_pb2.PurgeDeadLettersResponse]  # type: ignore[assignment]
+    """Deletes dead letters."""
 
 class OonaServicer(metaclass=_abc_1.ABCMeta):
     """The bus. One log per kind; order is kept per run."""
@@ -162,5 +174,29 @@ class OonaServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_oona_pb2.PurgeTopicResponse, _abc.Awaitable[_oona_pb2.PurgeTopicResponse]]:
         """Deletes old records of a topic. Offsets are never given out again."""
+
+    @_abc_1.abstractmethod
+    def ListDeadLetters(
+        self,
+        request: _oona_pb2.ListDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_oona_pb2.ListDeadLettersResponse, _abc.Awaitable[_oona_pb2.ListDeadLettersResponse]]:
+        """The records that a group gave up on, a page at a time."""
+
+    @_abc_1.abstractmethod
+    def ReplayDeadLetters(
+        self,
+        request: _oona_pb2.ReplayDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_oona_pb2.ReplayDeadLettersResponse, _abc.Awaitable[_oona_pb2.ReplayDeadLettersResponse]]:
+        """Gives dead letters back to their group, which gets them as if for the first time, beside the order of their runs."""
+
+    @_abc_1.abstractmethod
+    def PurgeDeadLetters(
+        self,
+        request: _oona_pb2.PurgeDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_oona_pb2.PurgeDeadLettersResponse, _abc.Awaitable[_oona_pb2.PurgeDeadLettersResponse]]:
+        """Deletes dead letters."""
 
 def add_OonaServicer_to_server(servicer: OonaServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
