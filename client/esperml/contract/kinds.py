@@ -15,7 +15,7 @@ PAYLOADS: Final[Mapping[KindValue, frozenset[str]]] = {
     event_pb2.KIND_TELEMETRY: frozenset({"health_report"}),
     event_pb2.KIND_EVENTS: frozenset({"run_started", "structure_changed", "epoch_completed", "run_ended"}),
     event_pb2.KIND_DECISIONS: frozenset({"decision"}),
-    event_pb2.KIND_COMMANDS: frozenset({"command"}),
+    event_pb2.KIND_COMMANDS: frozenset({"command", "notice"}),
     event_pb2.KIND_OUTCOMES: frozenset({"applied", "effect"}),
     event_pb2.KIND_EXPERIENCE: frozenset({"experience"}),
 }

@@ -29,19 +29,19 @@ from esperml.v1 import run_pb2 as esperml_dot_v1_dot_run__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65sperml/v1/event.proto\x12\nesperml.v1\x1a\x19\x65sperml/v1/decision.proto\x1a\x1b\x65sperml/v1/experience.proto\x1a\x17\x65sperml/v1/health.proto\x1a\x14\x65sperml/v1/run.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x04\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rhealth_report\x18\n \x01(\x0b\x32\x18.esperml.v1.HealthReportH\x00\x12-\n\x0brun_started\x18\x0b \x01(\x0b\x32\x16.esperml.v1.RunStartedH\x00\x12\x39\n\x11structure_changed\x18\x0c \x01(\x0b\x32\x1c.esperml.v1.StructureChangedH\x00\x12\x35\n\x0f\x65poch_completed\x18\r \x01(\x0b\x32\x1a.esperml.v1.EpochCompletedH\x00\x12)\n\trun_ended\x18\x0e \x01(\x0b\x32\x14.esperml.v1.RunEndedH\x00\x12\x32\n\x08\x64\x65\x63ision\x18\x0f \x01(\x0b\x32\x1e.esperml.v1.AdaptationDecisionH\x00\x12&\n\x07\x63ommand\x18\x10 \x01(\x0b\x32\x13.esperml.v1.CommandH\x00\x12&\n\x07\x61pplied\x18\x11 \x01(\x0b\x32\x13.esperml.v1.AppliedH\x00\x12$\n\x06\x65\x66\x66\x65\x63t\x18\x12 \x01(\x0b\x32\x12.esperml.v1.EffectH\x00\x12\x34\n\nexperience\x18\x13 \x01(\x0b\x32\x1e.esperml.v1.TrainingExperienceH\x00\x42\t\n\x07payload\"\x85\x01\n\x06Record\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12/\n\x0b\x61ppend_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x05\x65vent\x18\x03 \x01(\x0b\x32\x11.esperml.v1.Event\x12\x18\n\x10\x64\x65livery_attempt\x18\x04 \x01(\r\"/\n\nEventBatch\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.esperml.v1.Event*\x90\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_TELEMETRY\x10\x01\x12\x0f\n\x0bKIND_EVENTS\x10\x02\x12\x12\n\x0eKIND_DECISIONS\x10\x03\x12\x11\n\rKIND_COMMANDS\x10\x04\x12\x11\n\rKIND_OUTCOMES\x10\x05\x12\x13\n\x0fKIND_EXPERIENCE\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65sperml/v1/event.proto\x12\nesperml.v1\x1a\x19\x65sperml/v1/decision.proto\x1a\x1b\x65sperml/v1/experience.proto\x1a\x17\x65sperml/v1/health.proto\x1a\x14\x65sperml/v1/run.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x05\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12\x31\n\rhealth_report\x18\n \x01(\x0b\x32\x18.esperml.v1.HealthReportH\x00\x12-\n\x0brun_started\x18\x0b \x01(\x0b\x32\x16.esperml.v1.RunStartedH\x00\x12\x39\n\x11structure_changed\x18\x0c \x01(\x0b\x32\x1c.esperml.v1.StructureChangedH\x00\x12\x35\n\x0f\x65poch_completed\x18\r \x01(\x0b\x32\x1a.esperml.v1.EpochCompletedH\x00\x12)\n\trun_ended\x18\x0e \x01(\x0b\x32\x14.esperml.v1.RunEndedH\x00\x12\x32\n\x08\x64\x65\x63ision\x18\x0f \x01(\x0b\x32\x1e.esperml.v1.AdaptationDecisionH\x00\x12&\n\x07\x63ommand\x18\x10 \x01(\x0b\x32\x13.esperml.v1.CommandH\x00\x12&\n\x07\x61pplied\x18\x11 \x01(\x0b\x32\x13.esperml.v1.AppliedH\x00\x12$\n\x06\x65\x66\x66\x65\x63t\x18\x12 \x01(\x0b\x32\x12.esperml.v1.EffectH\x00\x12\x34\n\nexperience\x18\x13 \x01(\x0b\x32\x1e.esperml.v1.TrainingExperienceH\x00\x12$\n\x06notice\x18\x14 \x01(\x0b\x32\x12.esperml.v1.NoticeH\x00\x42\t\n\x07payload\"\x85\x01\n\x06Record\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12/\n\x0b\x61ppend_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x05\x65vent\x18\x03 \x01(\x0b\x32\x11.esperml.v1.Event\x12\x18\n\x10\x64\x65livery_attempt\x18\x04 \x01(\r\"/\n\nEventBatch\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.esperml.v1.Event*\x90\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_TELEMETRY\x10\x01\x12\x0f\n\x0bKIND_EVENTS\x10\x02\x12\x12\n\x0eKIND_DECISIONS\x10\x03\x12\x11\n\rKIND_COMMANDS\x10\x04\x12\x11\n\rKIND_OUTCOMES\x10\x05\x12\x13\n\x0fKIND_EXPERIENCE\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'esperml.v1.event_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KIND']._serialized_start=963
-  _globals['_KIND']._serialized_end=1107
+  _globals['_KIND']._serialized_start=1021
+  _globals['_KIND']._serialized_end=1165
   _globals['_EVENT']._serialized_start=175
-  _globals['_EVENT']._serialized_end=775
-  _globals['_RECORD']._serialized_start=778
-  _globals['_RECORD']._serialized_end=911
-  _globals['_EVENTBATCH']._serialized_start=913
-  _globals['_EVENTBATCH']._serialized_end=960
+  _globals['_EVENT']._serialized_end=833
+  _globals['_RECORD']._serialized_start=836
+  _globals['_RECORD']._serialized_end=969
+  _globals['_EVENTBATCH']._serialized_start=971
+  _globals['_EVENTBATCH']._serialized_end=1018
 # @@protoc_insertion_point(module_scope)

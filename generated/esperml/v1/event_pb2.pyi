@@ -39,7 +39,7 @@ class _KindEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Kind.ValueType], 
     KIND_DECISIONS: _Kind.ValueType  # 3
     """AdaptationDecision: all of them. From Tamiyo to viewers and approvers."""
     KIND_COMMANDS: _Kind.ValueType  # 4
-    """Command. From Tamiyo to the run's session."""
+    """Command, Notice. From Tamiyo to the run's session."""
     KIND_OUTCOMES: _Kind.ValueType  # 5
     """Applied, Effect. From a session to Tamiyo."""
     KIND_EXPERIENCE: _Kind.ValueType  # 6
@@ -57,7 +57,7 @@ KIND_EVENTS: Kind.ValueType  # 2
 KIND_DECISIONS: Kind.ValueType  # 3
 """AdaptationDecision: all of them. From Tamiyo to viewers and approvers."""
 KIND_COMMANDS: Kind.ValueType  # 4
-"""Command. From Tamiyo to the run's session."""
+"""Command, Notice. From Tamiyo to the run's session."""
 KIND_OUTCOMES: Kind.ValueType  # 5
 """Applied, Effect. From a session to Tamiyo."""
 KIND_EXPERIENCE: Kind.ValueType  # 6
@@ -73,6 +73,7 @@ class Event(message.Message):
     RUN_ID_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
     CREATED_AT_FIELD_NUMBER: builtins.int
+    SESSION_ID_FIELD_NUMBER: builtins.int
     HEALTH_REPORT_FIELD_NUMBER: builtins.int
     RUN_STARTED_FIELD_NUMBER: builtins.int
     STRUCTURE_CHANGED_FIELD_NUMBER: builtins.int
@@ -83,12 +84,17 @@ class Event(message.Message):
     APPLIED_FIELD_NUMBER: builtins.int
     EFFECT_FIELD_NUMBER: builtins.int
     EXPERIENCE_FIELD_NUMBER: builtins.int
+    NOTICE_FIELD_NUMBER: builtins.int
     event_id: builtins.str
     """Unique for ever. Made by the publisher."""
     run_id: builtins.str
     """The run that it belongs to. Required: order is kept per run."""
     traceparent: builtins.str
     """W3C trace context ("traceparent") of what caused it. Empty where there is none."""
+    session_id: builtins.str
+    """The session of the run that made it, or, of kind commands, that it is for. Tells two sessions apart that go under one
+    run. Empty where there is no such distinction: from publishers that have none, and for any session.
+    """
     @builtins.property
     def created_at(self) -> timestamp_pb2.Timestamp:
         """When it was made, by the publisher's clock."""
@@ -133,6 +139,10 @@ class Event(message.Message):
     def experience(self) -> experience_pb2.TrainingExperience:
         """Kind experience."""
 
+    @builtins.property
+    def notice(self) -> run_pb2.Notice:
+        """Kind commands."""
+
     def __init__(
         self,
         *,
@@ -140,6 +150,7 @@ class Event(message.Message):
         run_id: builtins.str = ...,
         traceparent: builtins.str = ...,
         created_at: timestamp_pb2.Timestamp | None = ...,
+        session_id: builtins.str = ...,
         health_report: health_pb2.HealthReport | None = ...,
         run_started: run_pb2.RunStarted | None = ...,
         structure_changed: run_pb2.StructureChanged | None = ...,
@@ -150,12 +161,13 @@ class Event(message.Message):
         applied: decision_pb2.Applied | None = ...,
         effect: decision_pb2.Effect | None = ...,
         experience: experience_pb2.TrainingExperience | None = ...,
+        notice: run_pb2.Notice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["applied", b"applied", "command", b"command", "created_at", b"created_at", "decision", b"decision", "effect", b"effect", "epoch_completed", b"epoch_completed", "experience", b"experience", "health_report", b"health_report", "payload", b"payload", "run_ended", b"run_ended", "run_started", b"run_started", "structure_changed", b"structure_changed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["applied", b"applied", "command", b"command", "created_at", b"created_at", "decision", b"decision", "effect", b"effect", "epoch_completed", b"epoch_completed", "experience", b"experience", "health_report", b"health_report", "notice", b"notice", "payload", b"payload", "run_ended", b"run_ended", "run_started", b"run_started", "structure_changed", b"structure_changed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["applied", b"applied", "command", b"command", "created_at", b"created_at", "decision", b"decision", "effect", b"effect", "epoch_completed", b"epoch_completed", "event_id", b"event_id", "experience", b"experience", "health_report", b"health_report", "payload", b"payload", "run_ended", b"run_ended", "run_id", b"run_id", "run_started", b"run_started", "structure_changed", b"structure_changed", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["applied", b"applied", "command", b"command", "created_at", b"created_at", "decision", b"decision", "effect", b"effect", "epoch_completed", b"epoch_completed", "event_id", b"event_id", "experience", b"experience", "health_report", b"health_report", "notice", b"notice", "payload", b"payload", "run_ended", b"run_ended", "run_id", b"run_id", "run_started", b"run_started", "session_id", b"session_id", "structure_changed", b"structure_changed", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = typing.Literal["health_report", "run_started", "structure_changed", "epoch_completed", "run_ended", "decision", "command", "applied", "effect", "experience"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = typing.Literal["health_report", "run_started", "structure_changed", "epoch_completed", "run_ended", "decision", "command", "applied", "effect", "experience", "notice"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 

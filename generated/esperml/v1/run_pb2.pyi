@@ -22,6 +22,29 @@ else:
 
 DESCRIPTOR: descriptor.FileDescriptor
 
+class _NoticeCode:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NoticeCodeEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_NoticeCode.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    NOTICE_CODE_UNSPECIFIED: _NoticeCode.ValueType  # 0
+    """Not stated."""
+    NOTICE_CODE_SUPERSEDED: _NoticeCode.ValueType  # 1
+    """Another session began under the same run: the run is its own now, and reports of this session are left out."""
+    NOTICE_CODE_CONTENDED: _NoticeCode.ValueType  # 2
+    """Another session of the same run still reports, which this one has superseded."""
+
+class NoticeCode(_NoticeCode, metaclass=_NoticeCodeEnumTypeWrapper):
+    """What a notice is about."""
+
+NOTICE_CODE_UNSPECIFIED: NoticeCode.ValueType  # 0
+"""Not stated."""
+NOTICE_CODE_SUPERSEDED: NoticeCode.ValueType  # 1
+"""Another session began under the same run: the run is its own now, and reports of this session are left out."""
+NOTICE_CODE_CONTENDED: NoticeCode.ValueType  # 2
+"""Another session of the same run still reports, which this one has superseded."""
+
 class _RunEnd:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -47,7 +70,9 @@ RUN_END_FAILED: RunEnd.ValueType  # 2
 
 @typing.final
 class RunStarted(message.Message):
-    """A run began, or its session connected again after a restart. Carried by the kind "events"."""
+    """A run began, or began anew with another session, after a restart for example. The latest session is the run's: what
+    another one still says is left out. Carried by the kind "events".
+    """
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -118,6 +143,30 @@ class RunStarted(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["graph", b"graph", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["client_version", b"client_version", "graph", b"graph", "labels", b"labels", "limits", b"limits", "mode", b"mode", "paired_run", b"paired_run", "parameters", b"parameters", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Notice(message.Message):
+    """What the user of a session should know. Carried by the kind "commands", to the session that the event names."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    code: NoticeCode.ValueType
+    """What it is about."""
+    text: builtins.str
+    """In one sentence, what happened and what to do."""
+    def __init__(
+        self,
+        *,
+        code: NoticeCode.ValueType = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["code", b"code", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
