@@ -1,14 +1,61 @@
-"""A stream spoken frame by frame, as a client in another language might."""
+"""Every log engine behind one fixture, and a stream spoken frame by frame, as a client in another language might."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 import grpc
 import pytest
 
+from esperml.oona.log import Log
+from esperml.oona.sqlite_log import SqliteLog
 from esperml.v1 import event_pb2, oona_pb2
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A log engine under test.
+
+    Attributes:
+        durability: what it must declare.
+        open: opens the test's own log; when that was closed, the same one again.
+    """
+
+    durability: str
+    open: Callable[[], Awaitable[Log]]
+
+
+# Each is a fixture of this name that gives an :class:`Engine`, and skips where it lacks what it needs.
+ENGINES = ("sqlite_engine",)
+
+
+@pytest.fixture
+def sqlite_engine(tmp_path):
+    async def open_log() -> Log:
+        return SqliteLog(tmp_path / "log.sqlite")
+
+    return Engine("fsync", open_log)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    """Each engine in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def open_log(engine):
+    """Awaited, opens the test's log; once more, after closing, opens the same again."""
+    return engine.open
+
+
+@pytest.fixture
+async def log(open_log):
+    log = await open_log()
+    yield log
+    await log.close()
 
 
 class RawStream:
