@@ -42,7 +42,7 @@ class Bus:
 
     async def start(self, **settings: object) -> None:
         self.settings = self.settings.model_copy(update=settings)
-        self.log = SqliteLog(self.path, max_bytes=self.settings.max_log_bytes)
+        self.log = SqliteLog(self.path, max_bytes=self.settings.max_log_bytes, durability=self.settings.durability)
         self.broker = Broker(self.log, self.settings)
         self.service = OonaService(self.broker)
         self.server = grpc.aio.server(options=[*server_options(self.settings), ("grpc.so_reuseport", 0)])

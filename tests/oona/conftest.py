@@ -28,7 +28,7 @@ class Engine:
 
 
 # Each is a fixture of this name that gives an :class:`Engine`, and skips where it lacks what it needs.
-ENGINES = ("sqlite_engine",)
+ENGINES = ("sqlite_engine", "sqlite_page_cache_engine")
 
 
 @pytest.fixture
@@ -37,6 +37,14 @@ def sqlite_engine(tmp_path):
         return SqliteLog(tmp_path / "log.sqlite")
 
     return Engine("fsync", open_log)
+
+
+@pytest.fixture
+def sqlite_page_cache_engine(tmp_path):
+    async def open_log() -> Log:
+        return SqliteLog(tmp_path / "log.sqlite", durability="page_cache")
+
+    return Engine("page_cache", open_log)
 
 
 @pytest.fixture(params=ENGINES)

@@ -32,10 +32,10 @@ async def test_one_row_is_stored_for_each_frame(path, make_event):
     assert rows == [(0, 10), (10, 10), (20, 10)]
 
 
-async def test_commits_are_synced(path):
-    log = SqliteLog(path)
-    full = 2
-    assert log._connection.execute("PRAGMA synchronous").fetchone() == (full,)
+@pytest.mark.parametrize(("durability", "synchronous"), [("fsync", 2), ("page_cache", 1)])
+async def test_commits_are_synced_where_that_is_declared(path, durability, synchronous):
+    log = SqliteLog(path, durability=durability)
+    assert log._connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
     assert log._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     await log.close()
 

@@ -47,6 +47,26 @@ def test_a_bad_value_is_refused_by_name_and_source() -> None:
     assert caught.value.key == "server.port"
 
 
+def test_sections_may_lie_in_sections(tmp_path: Path) -> None:
+    file = tmp_path / "esper.toml"
+    file.write_text("[oona.retention.telemetry]\nage_s = 60\n[oona.retention]\nevents = { records = 5 }\n")
+    environment = {"ESPER_OONA__RETENTION__TELEMETRY__BYTES": "7"}
+    settings, listed = sources(file=file, environment=environment)
+    telemetry = settings.oona.retention.telemetry
+    assert (telemetry.age_s, telemetry.bytes, telemetry.records) == (60, 7, 0)
+    assert settings.oona.retention.events.records == 5
+    origins = {source.key: source.origin for source in listed}
+    assert origins["oona.retention.telemetry.age_s"] == f"file {file}"
+    assert origins["oona.retention.telemetry.bytes"] == "environment ESPER_OONA__RETENTION__TELEMETRY__BYTES"
+
+
+def test_a_value_in_the_place_of_a_section_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "esper.toml"
+    file.write_text("[oona]\nretention = 5\n")
+    with pytest.raises(SettingsError, match=r"oona\.retention "):
+        load(file=file, environment={})
+
+
 def test_a_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "esper.toml"
     file.write_text("[server\n")

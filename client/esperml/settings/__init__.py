@@ -2,11 +2,21 @@
 
 from esperml.settings.load import SettingsError, Source, load, sources
 from esperml.settings.logs import configure_logging
-from esperml.settings.model import LogSettings, OonaSettings, ServerSettings, Settings, TamiyoSettings
+from esperml.settings.model import (
+    LogSettings,
+    OonaSettings,
+    RetentionLimits,
+    RetentionSettings,
+    ServerSettings,
+    Settings,
+    TamiyoSettings,
+)
 
 __all__ = [
     "LogSettings",
     "OonaSettings",
+    "RetentionLimits",
+    "RetentionSettings",
     "ServerSettings",
     "Settings",
     "SettingsError",

@@ -6,14 +6,16 @@ it, and an unknown variable or key must be refused by name rather than ignored.
 
 from __future__ import annotations
 
+import functools
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from esperml.settings.model import Settings
 
@@ -55,17 +57,27 @@ class Source:
     description: str
 
 
-def _sections() -> Mapping[str, type[BaseModel]]:
-    return {
-        name: field.annotation
-        for name, field in Settings.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
+def _fields(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its dotted name; sections may lie in sections."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
 
 
 def known_keys() -> list[str]:
     """Dotted names of all settings."""
-    return [f"{section}.{key}" for section, model in _sections().items() for key in model.model_fields]
+    return [key for key, _ in _fields()]
+
+
+def _flat(values: Mapping[str, object], known: frozenset[str], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        key = prefix + name
+        if isinstance(value, dict) and key not in known:
+            yield from _flat(value, known, f"{key}.")
+        else:
+            yield key, value
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
@@ -80,15 +92,15 @@ def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
         raise SettingsError("config", origin, f"cannot be read: {error.strerror}") from error
     for section, values in document.items():
         if not isinstance(values, dict):
-            raise SettingsError(section, origin, f"is not a section; sections are {', '.join(_sections())}")
-        for key, value in values.items():
-            yield f"{section}.{key}", value, origin
+            raise SettingsError(section, origin, f"is not a section; sections are {', '.join(Settings.model_fields)}")
+    for key, value in _flat(document, frozenset(known_keys())):
+        yield key, value, origin
 
 
 def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
     for name, value in environment.items():
         if name.startswith(ENVIRONMENT_PREFIX) and name not in NOT_SETTINGS:
-            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1)
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             yield key, value, f"environment {name}"
 
 
@@ -115,7 +127,7 @@ def sources(
         file = DEFAULT_FILE
 
     known = set(known_keys())
-    values: dict[str, dict[str, object]] = {section: {} for section in _sections()}
+    values: dict[str, object] = {}
     origins: dict[str, str] = {}
     layers = [
         *(_from_file(file) if file else ()),
@@ -129,8 +141,7 @@ def sources(
     for key, value, origin in layers:
         if key not in known:
             raise SettingsError(key, origin, f"is unknown; {_nearest(key, known)}")
-        section, _, name = key.partition(".")
-        values[section][name] = value
+        _put(values, key, value)
         origins[key] = origin
 
     try:
@@ -141,13 +152,12 @@ def sources(
         raise SettingsError(key, origins.get(key, "default"), f"{first['msg']}, not {first['input']!r}") from None
     listed = [
         Source(
-            key=f"{section}.{name}",
-            value=getattr(getattr(settings, section), name),
-            origin=origins.get(f"{section}.{name}", "default"),
+            key=key,
+            value=functools.reduce(getattr, key.split("."), settings),
+            origin=origins.get(key, "default"),
             description=field.description or "",
         )
-        for section, model in _sections().items()
-        for name, field in model.model_fields.items()
+        for key, field in _fields()
     ]
     return settings, listed
 
@@ -160,6 +170,13 @@ def load(
 ) -> Settings:
     """The settings in force. Arguments and errors as for :func:`sources`."""
     return sources(file=file, environment=environment, flags=flags)[0]
+
+
+def _put(values: dict[str, object], key: str, value: object) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        values = cast("dict[str, object]", values.setdefault(section, {}))
+    values[name] = value
 
 
 def _nearest(key: str, known: set[str]) -> str:

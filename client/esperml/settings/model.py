@@ -24,8 +24,38 @@ class ServerSettings(Section):
     shutdown_grace_s: float = Field(5.0, ge=0, description="Time that open calls get when the server stops, in s.")
 
 
+class RetentionLimits(Section):
+    """What the log of one kind keeps. Its oldest records leave as soon as any of the limits is passed."""
+
+    age_s: float = Field(0, ge=0, description="Longest time since a record was stored, in s. 0: for ever.")
+    bytes: int = Field(0, ge=0, description="Most bytes of the records. 0: no limit.")
+    records: int = Field(0, ge=0, description="Most records. 0: no limit.")
+
+
+class RetentionSettings(Section):
+    """What the bus keeps, per kind.
+
+    Telemetry is by far the most of what is stored, and worth least once a decision was made on it. The rest is small
+    and is what nothing can make anew: what runs there were and of what shape, what was decided and why, what came of
+    it, and the experience to learn from. It stays until somebody purges it.
+    """
+
+    telemetry: RetentionLimits = RetentionLimits(age_s=30 * 86_400, bytes=8 * 2**30)
+    events: RetentionLimits = RetentionLimits()
+    decisions: RetentionLimits = RetentionLimits()
+    commands: RetentionLimits = RetentionLimits()
+    outcomes: RetentionLimits = RetentionLimits()
+    experience: RetentionLimits = RetentionLimits()
+
+
 class OonaSettings(Section):
     """The bus."""
+
+    durability: Literal["fsync", "page_cache"] = Field(
+        "fsync",
+        description="What a confirmed record survives. fsync: loss of power. page_cache: the end of the server's "
+        "process, but not that of the machine; faster.",
+    )
 
     max_frame_bytes: int = Field(16 * 2**20, ge=2**16, le=2**29, description="Most bytes that a frame may have.")
     max_streams: int = Field(1024, ge=1, description="Streams that may be open at the same time.")
@@ -37,6 +67,7 @@ class OonaSettings(Section):
         0, ge=0, description="Most bytes of the log file; beyond them nothing is stored until a purge. 0: no limit."
     )
     cache_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of recent frames kept decoded for readers.")
+    retention: RetentionSettings = RetentionSettings()
 
 
 class TamiyoSettings(Section):

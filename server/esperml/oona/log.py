@@ -112,7 +112,7 @@ class Log(Protocol):
 
     @property
     def durability(self) -> str:
-        """What is survived once a call has finished: ``fsync`` means loss of power."""
+        """What is survived once a call has finished. ``fsync``: loss of power; ``page_cache``: the process's end."""
         ...
 
     def bounds(self, kind: int) -> TopicBounds:

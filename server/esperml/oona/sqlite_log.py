@@ -1,7 +1,8 @@
 """The embedded log: one SQLite file in WAL mode, one row per published frame.
 
-A writer thread commits whatever has come in since its last commit as one transaction (group commit), with
-``synchronous=FULL``: SQLite returns from COMMIT after it has synced the WAL, and only then is anything confirmed.
+A writer thread commits whatever has come in since its last commit as one transaction (group commit). With durability
+``fsync`` SQLite returns from COMMIT after it has synced the WAL, and only then is anything confirmed; with
+``page_cache`` COMMIT returns when the WAL is written to the operating system, which syncs it in its own time.
 Another thread reads, on a connection of its own, and sees what is committed.
 """
 
@@ -17,7 +18,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Final, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 from esperml.oona.log import (
     Appended,
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 # What one transaction may take in, so that the first in it does not wait for ever for the last.
 _MAX_TRANSACTION_REQUESTS: Final = 1024
 _MAX_TRANSACTION_BYTES: Final = 32 * 2**20
+
+# SQLite's name for when a commit counts as done.
+_SYNCHRONOUS: Final = {"fsync": "FULL", "page_cache": "NORMAL"}
 
 # What a damaged file raises. SQLite quotes what it found in its messages, which then need not be text.
 _DAMAGED: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
@@ -144,6 +148,9 @@ class SqliteLog:
         path: the file; made where there is none, beside ``-wal``, ``-shm`` and ``.lock`` files. Its folder must exist.
         max_bytes: most bytes that the file may have; beyond them nothing is stored until something was purged. 0: no
             limit but the disk's.
+        durability: what is survived once a call has finished. ``fsync``: loss of power. ``page_cache``: the end of
+            this process however it comes, but not that of the machine, which may take the last seconds with it; what
+            is then left is a whole log up to some moment.
 
     Raises:
         LogInUseError: another process has it open.
@@ -151,9 +158,8 @@ class SqliteLog:
         LogUnavailableError: the file cannot be made or written.
     """
 
-    durability: Final = "fsync"
-
-    def __init__(self, path: Path, *, max_bytes: int = 0) -> None:
+    def __init__(self, path: Path, *, max_bytes: int = 0, durability: Literal["fsync", "page_cache"] = "fsync") -> None:
+        self.durability: Final = durability
         self._path = path
         self._lock = _lock(path)
         try:
@@ -176,7 +182,7 @@ class SqliteLog:
         self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         try:
             self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[self.durability]}")
             if max_bytes:
                 page_size = self._connection.execute("PRAGMA page_size").fetchone()[0]
                 self._connection.execute(f"PRAGMA max_page_count = {max(max_bytes // page_size, 1)}")

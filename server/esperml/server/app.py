@@ -91,7 +91,11 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
 
     # What is entered first is left last: the log outlives all that writes to it.
     async with contextlib.AsyncExitStack() as stack:
-        log = SqliteLog(settings.server.data_dir / "oona.sqlite", max_bytes=settings.oona.max_log_bytes)
+        log = SqliteLog(
+            settings.server.data_dir / "oona.sqlite",
+            max_bytes=settings.oona.max_log_bytes,
+            durability=settings.oona.durability,
+        )
         stack.push_async_callback(log.close)
         oona = OonaService(Broker(log, settings.oona))
         controller = Controller(policies, settings.tamiyo)
