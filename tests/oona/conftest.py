@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import pytest
@@ -144,3 +150,68 @@ async def raw_stream(target: str, client_id: str | None = "raw") -> AsyncIterato
 @pytest.fixture
 def open_stream():
     return raw_stream
+
+
+class BusProcess:
+    """The bus in a process of its own, on one file and, once it has one, on one port."""
+
+    def __init__(self, path: Path, **environment: str) -> None:
+        self.path = path
+        self.port = 0
+        self.environment = {**os.environ, **environment}
+        self.process: subprocess.Popen[str]
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def launch(self) -> None:
+        """Start it, and do not wait until it serves."""
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).parent / "serve_bus.py", self.path, str(self.port)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+        )
+
+    def start(self) -> None:
+        """Start it, and wait until it serves."""
+        self.launch()
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture
+def start_bus_process(tmp_path):
+    """Starts a bus in a process of its own, with these environment variables; it is killed when the test ends."""
+    started: list[BusProcess] = []
+
+    def start(path: Path | None = None, **environment: str) -> BusProcess:
+        process = BusProcess(path or tmp_path / "oona.sqlite", **environment)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def preload(tmp_path):
+    """Compiles a C file of this folder into a library that a process under test preloads."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler to stand between the server and the system")
+
+    def compile_library(source: str) -> str:
+        library = tmp_path / f"{source}.so"
+        here = Path(__file__).parent
+        subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, here / source, "-ldl"], check=True)
+        return str(library)
+
+    return compile_library

@@ -1,13 +1,15 @@
-"""Confirmed means stored and synced, whatever happens to the process."""
+"""Confirmed means stored and synced, whatever happens to the process.
+
+ESPER_TEST_CRASH_ROUNDS says how often the server is killed under load.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import shutil
-import signal
-import subprocess
-import sys
+import random
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -15,40 +17,120 @@ import pytest
 from esperml.client import Backoff, OonaClient
 from esperml.v1 import event_pb2, oona_pb2
 
-HERE = Path(__file__).parent
 EARLIEST = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
+EVENTS = event_pb2.KIND_EVENTS
+QUICK = Backoff(initial_s=0.01, longest_s=0.05)
+ROUNDS = int(os.environ.get("ESPER_TEST_CRASH_ROUNDS", "20"))
+# Longest time under load before a kill, in s; a start that is cut short is cut within the other.
+LOAD_S, START_S = 0.15, 0.3
+PUBLISHERS, RUNS, MEMBERS = 2, 3, 2
 
 
-class Process:
-    """The bus in a process of its own, on one file and one port."""
+class Publisher:
+    """Publishes frames of a few events until told to stop, several at a time; numbers each run's events from 0."""
 
-    def __init__(self, path: Path, **environment: str) -> None:
-        self.path = path
-        self.port = 0
-        self.environment = {**os.environ, **environment}
-        self.process: subprocess.Popen[str]
+    def __init__(self, oona: OonaClient, name: str, make_event) -> None:
+        self.oona = oona
+        self.runs = [f"{name}-run-{run}" for run in range(RUNS)]
+        self.sent = dict.fromkeys(self.runs, 0)
+        self.confirmed = 0
+        self.confirms = asyncio.Event()
+        self.stopping = False
+        self._make_event = make_event
 
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, HERE / "serve_bus.py", self.path, str(self.port)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self.environment,
-        )
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
+    def _frame(self) -> list[event_pb2.Event]:
+        frame = []
+        for _ in range(random.randint(1, 12)):
+            run = random.choice(self.runs)
+            frame.append(self._make_event(run, str(self.sent[run])))
+            self.sent[run] += 1
+        return frame
 
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
+    async def publish(self) -> None:
+        under_way: set[asyncio.Task[oona_pb2.Published]] = set()
+        while under_way or not self.stopping:
+            while len(under_way) < 8 and not self.stopping:
+                under_way.add(asyncio.create_task(self.oona.publish(EVENTS, self._frame())))
+            done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            self.confirms.set()
+            for task in done:
+                self.confirmed += task.result().count + task.result().duplicates
 
 
-@pytest.fixture
-def process(tmp_path):
-    process = Process(tmp_path / "oona.sqlite")
-    process.start()
-    yield process
-    process.kill()
+class Group:
+    """What the members of a group have got and acknowledged, and what must hold of it at every moment."""
+
+    def __init__(self) -> None:
+        self.committed = 0
+        self.got: dict[str, int] = defaultdict(int)
+
+    def take(self, record: event_pb2.Record) -> None:
+        assert record.offset >= self.committed, "a record came again that was acknowledged for good"
+        run, number = record.event.run_id, int(record.event.run_ended.error)
+        assert number <= self.got[run], f"{run}: {number} came before {self.got[run]}"
+        self.got[run] = max(self.got[run], number + 1)
+
+    async def consume(self, oona: OonaClient) -> None:
+        async with oona.subscribe(EVENTS, group="g", start=EARLIEST) as subscription:
+            async for batch in subscription.batches():
+                for record in batch:
+                    self.take(record)
+                committed = await subscription.ack(*batch)
+                self.committed = max(self.committed, committed or 0)
+
+
+async def stored_runs(oona: OonaClient) -> dict[str, list[int]]:
+    """The numbers of each run's events, in the order of the log."""
+    runs: dict[str, list[int]] = defaultdict(list)
+    end = (await oona.describe(EVENTS)).topic.next_offset
+    async with oona.subscribe(EVENTS, start=EARLIEST, end_offset=end) as subscription:
+        async for record in subscription:
+            runs[record.event.run_id].append(int(record.event.run_ended.error))
+    return runs
+
+
+@pytest.mark.slow
+async def test_a_server_killed_at_random_under_load_loses_and_invents_nothing(start_bus_process, make_event):
+    process = start_bus_process()
+    group = Group()
+    async with asyncio.timeout(60 + 2 * ROUNDS), contextlib.AsyncExitStack() as stack:
+
+        async def client(name: str) -> OonaClient:
+            return await stack.enter_async_context(OonaClient(process.target, client_id=name, backoff=QUICK))
+
+        publishers = [Publisher(await client(f"p{n}"), f"p{n}", make_event) for n in range(PUBLISHERS)]
+        publishing = [asyncio.create_task(publisher.publish()) for publisher in publishers]
+        consuming = [asyncio.create_task(group.consume(await client(f"m{n}"))) for n in range(MEMBERS)]
+        reader = await client("reader")
+        for _ in range(ROUNDS):
+            for publisher in publishers:  # In each round something is confirmed, and so could be lost.
+                publisher.confirms.clear()
+                await publisher.confirms.wait()
+            await asyncio.sleep(random.uniform(0, LOAD_S))
+            assert not any(task.done() for task in (*publishing, *consuming))
+            process.kill()
+            if random.random() < 0.25:
+                process.launch()
+                await asyncio.sleep(random.uniform(0, START_S))
+                process.kill()
+            await asyncio.to_thread(process.start)
+            # What was acknowledged before the kill is acknowledged still.
+            committed = group.committed
+            (described,) = (await reader.describe(EVENTS)).groups
+            assert described.committed_offset >= committed
+        for publisher in publishers:
+            publisher.stopping = True
+        await asyncio.gather(*publishing)
+        sent = {run: count for publisher in publishers for run, count in publisher.sent.items()}
+        assert sum(publisher.confirmed for publisher in publishers) == sum(sent.values())
+        assert await stored_runs(reader) == {run: list(range(count)) for run, count in sent.items()}
+        end = sum(sent.values())
+        while (await reader.describe(EVENTS)).groups[0].committed_offset < end:
+            assert not any(task.done() for task in consuming)
+        assert group.got == sent
+        for task in consuming:
+            task.cancel()
+        await asyncio.gather(*consuming, return_exceptions=True)
 
 
 def wait_for(path: Path) -> None:
@@ -56,70 +138,19 @@ def wait_for(path: Path) -> None:
         pass
 
 
-@pytest.mark.slow
-async def test_a_server_killed_under_load_has_every_confirmed_event_once_and_in_order(process, make_event):
-    target = f"127.0.0.1:{process.port}"
-    quick = Backoff(initial_s=0.01, longest_s=0.1)
-    confirmed = 0
-    stop = asyncio.Event()
-
-    async with OonaClient(target, client_id="load", backoff=quick) as oona:
-
-        async def publish() -> int:
-            nonlocal confirmed
-            sent = 0
-            under_way: set[asyncio.Task[oona_pb2.Published]] = set()
-            while not stop.is_set():
-                frame = [make_event(f"run-{number % 3}", str(number)) for number in range(sent, sent + 7)]
-                sent += 7
-                task = asyncio.create_task(oona.publish(event_pb2.KIND_EVENTS, frame))
-                under_way.add(task)
-                if len(under_way) >= 8:
-                    done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                    confirmed += sum(task.result().count + task.result().duplicates for task in done)
-            for result in await asyncio.gather(*under_way):
-                confirmed += result.count + result.duplicates
-            return sent
-
-        publisher = asyncio.create_task(publish())
-        for _ in range(4):
-            level = confirmed
-            while confirmed < level + 300:
-                await asyncio.sleep(0)
-                assert not publisher.done()
-            process.kill()
-            process.start()
-        stop.set()
-        sent = await publisher
-        assert confirmed == sent
-        end = (await oona.describe(event_pb2.KIND_EVENTS)).topic.next_offset
-        async with oona.subscribe(event_pb2.KIND_EVENTS, start=EARLIEST, end_offset=end) as subscription:
-            stored = [int(record.event.run_ended.error) async for record in subscription]
-    assert stored == list(range(sent))
-
-
 @pytest.fixture
-def gated_process(tmp_path):
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler to hold up the system's sync")
-    library = tmp_path / "sync_gate.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HERE / "sync_gate.c", "-ldl"], check=True)
-    process = Process(
-        tmp_path / "oona.sqlite",
-        LD_PRELOAD=str(library),
+def gated_process(tmp_path, start_bus_process, preload):
+    return start_bus_process(
+        LD_PRELOAD=preload("sync_gate.c"),
         SYNC_GATE=str(tmp_path / "gate"),
         SYNC_HELD=str(tmp_path / "held"),
         SYNC_FAIL=str(tmp_path / "fail"),
     )
-    process.start()
-    yield process
-    process.kill()
 
 
 async def test_nothing_is_confirmed_before_the_sync_has_returned(gated_process, tmp_path, open_stream, make_event):
     gate, held = tmp_path / "gate", tmp_path / "held"
-    async with open_stream(f"127.0.0.1:{gated_process.port}") as stream:
+    async with open_stream(gated_process.target) as stream:
         gate.touch()
         publish = oona_pb2.Publish(kind=event_pb2.KIND_EVENTS, first_sequence=1, events=[make_event()])
         request_id = await stream.send(publish=publish)
@@ -138,7 +169,7 @@ async def test_an_event_whose_sync_failed_is_refused_and_can_be_published_again(
     gated_process, tmp_path, open_stream, make_event
 ):
     fail = tmp_path / "fail"
-    async with open_stream(f"127.0.0.1:{gated_process.port}") as stream:
+    async with open_stream(gated_process.target) as stream:
         fail.touch()
         publish = oona_pb2.Publish(kind=event_pb2.KIND_EVENTS, first_sequence=1, events=[make_event()])
         refused = await stream.answer(publish=publish)
