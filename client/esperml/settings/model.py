@@ -20,7 +20,21 @@ class ServerSettings(Section):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     data_dir: Path = Field(Path("esper-data"), description="Folder of the bus's logs.")
-    insecure: bool = Field(False, description="Allow an address beyond loopback without TLS.")
+    certificate: Path | None = Field(
+        None, description="Certificate chain of the server (PEM); with a key, it uses TLS."
+    )
+    key: Path | None = Field(None, description="Private key of the certificate (PEM).")
+    client_ca: Path | None = Field(
+        None, description="Authorities of clients' certificates (PEM); with it, a client must have one (mutual TLS)."
+    )
+    tokens: Path | None = Field(
+        None, description="File of tokens, which `esper token` writes; with it, every call needs one of them."
+    )
+    insecure: bool = Field(False, description="Allow an address beyond loopback without TLS and tokens.")
+    handshake_timeout_s: float = Field(10.0, gt=0, description="Time in which a connection must be set up, in s.")
+    idle_timeout_s: float = Field(
+        300.0, gt=0, description="Time after which a connection without calls is closed, in s."
+    )
     shutdown_grace_s: float = Field(5.0, ge=0, description="Time that open calls get when the server stops, in s.")
 
 
@@ -59,6 +73,19 @@ class OonaSettings(Section):
 
     max_frame_bytes: int = Field(16 * 2**20, ge=2**16, le=2**29, description="Most bytes that a frame may have.")
     max_streams: int = Field(1024, ge=1, description="Streams that may be open at the same time.")
+    max_streams_per_token: int = Field(256, ge=1, description="Streams that the holders of one token may have open.")
+    max_subscriptions: int = Field(256, ge=1, description="Subscriptions that one stream may have.")
+    publish_events_per_s: float = Field(
+        0,
+        ge=0,
+        description="Events that one token, or one client where there are none, may publish per s. 0: no limit.",
+    )
+    publish_bytes_per_s: float = Field(
+        0,
+        ge=0,
+        description="Bytes of events that one token, or one client where there are none, may publish per s. "
+        "0: no limit.",
+    )
     ack_deadline_s: float = Field(
         30.0, gt=0, description="Time after which an unacknowledged record comes again, in s."
     )

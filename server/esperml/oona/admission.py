@@ -1,0 +1,198 @@
+"""Letting streams in, and what each may do: rights, and limits on streams, subscriptions and rates."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Final
+
+from esperml.oona.access import CALLER, check_publish, check_subscribe
+from esperml.oona.rate import TokenBucket
+from esperml.oona.rejection import RequestRejectedError
+from esperml.v1 import oona_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+    import grpc
+
+    from esperml.contract import KindValue
+    from esperml.oona.access import Caller
+    from esperml.settings import OonaSettings
+
+MAX_WAIT_S: Final = 1.0
+"""Longest time for which a stream over its rate is not read, in s; after it, what it publishes is rejected."""
+
+_MAX_RATES: Final = 1024
+
+
+class TurnedAwayError(Exception):
+    """A stream cannot be had now; the message says which limit is reached."""
+
+
+class Rates:
+    """What one token, or one client where there are none, may publish in a time.
+
+    Args:
+        settings: the rates, per second.
+        clock: gives the time, in s.
+    """
+
+    def __init__(self, settings: OonaSettings, clock: Callable[[], float]) -> None:
+        self._events = TokenBucket(settings.publish_events_per_s, clock) if settings.publish_events_per_s else None
+        self._bytes = TokenBucket(settings.publish_bytes_per_s, clock) if settings.publish_bytes_per_s else None
+
+    def wait_s(self) -> float:
+        """Time until something may be published, in s."""
+        return max(bucket.wait_s() if bucket else 0.0 for bucket in (self._events, self._bytes))
+
+    def take(self, events: int, size: int) -> None:
+        """Count so many events of so many bytes as published."""
+        if self._events:
+            self._events.take(events)
+        if self._bytes:
+            self._bytes.take(size)
+
+    @property
+    def unused(self) -> bool:
+        """Whether it is as good as new."""
+        return all(bucket is None or bucket.full for bucket in (self._events, self._bytes))
+
+
+class Admission:
+    """One stream that was let in.
+
+    Args:
+        doors: who let it in.
+        caller: who it is; None where the server asks for no tokens.
+    """
+
+    def __init__(self, doors: Doors, caller: Caller | None) -> None:
+        self.caller = caller
+        self._doors = doors
+        self._rates: Rates | None = None
+        # First sequence that was over the rate: what comes behind it leaves a gap, and need not be waited for.
+        self._over_from: int | None = None
+        self._end: Callable[[grpc.StatusCode, str], None] | None = None
+
+    def publisher(self, client_id: str, end: Callable[[grpc.StatusCode, str], None]) -> str:
+        """The name under which the sequence of the stream's client is kept.
+
+        Args:
+            client_id: what the client calls itself.
+            end: ends the stream from outside.
+        """
+        self._end = end
+        name = client_id if self.caller is None else self.caller.publisher(client_id)
+        self._rates = self._doors.rates(name if self.caller is None else self.caller.name)
+        return name
+
+    def end(self, code: grpc.StatusCode, detail: str) -> None:
+        """End the stream, if it has begun."""
+        if self._end is not None:
+            self._end(code, detail)
+
+    async def check_publish(self, kind: KindValue, run_ids: Collection[str], first_sequence: int, size: int) -> None:
+        """Return when the stream may publish this, which is at once unless it is over its rate.
+
+        Args:
+            kind: the log.
+            run_ids: the run of each event.
+            first_sequence: sequence of the first event.
+            size: bytes of all.
+
+        Raises:
+            RequestRejectedError: it may not, or not so soon.
+        """
+        if self.caller is not None:
+            check_publish(self.caller, kind, run_ids)
+        if self._rates is None:
+            return
+        wait_s = self._rates.wait_s()
+        if wait_s and (self._over_from is None or first_sequence <= self._over_from):
+            # The others of the same name may take what flows in meanwhile.
+            await asyncio.sleep(min(wait_s, MAX_WAIT_S))
+            wait_s = self._rates.wait_s()
+        if wait_s:
+            self._over_from = first_sequence if self._over_from is None else min(first_sequence, self._over_from)
+            raise RequestRejectedError(
+                oona_pb2.REJECT_REASON_RESOURCE_EXHAUSTED,
+                f"publish: {self._doors.rate_limits} is the limit for "
+                f"{'one client' if self.caller is None else f'token {self.caller.name!r}'}",
+                retry_after_s=wait_s,
+            )
+        self._over_from = None
+        self._rates.take(len(run_ids), size)
+
+    def check_subscribe(self, subscribe: oona_pb2.Subscribe, standing: int) -> None:
+        """Raise :class:`RequestRejectedError` unless the stream, with ``standing`` subscriptions, may have this one."""
+        if self.caller is not None:
+            check_subscribe(self.caller, subscribe)
+        if standing >= self._doors.settings.max_subscriptions:
+            raise RequestRejectedError(
+                oona_pb2.REJECT_REASON_RESOURCE_EXHAUSTED,
+                f"subscribe: the stream has {standing} subscriptions, the limit; end one, or open another stream",
+            )
+
+
+class Doors:
+    """Lets streams in, as many as there may be.
+
+    Args:
+        settings: the limits.
+        clock: gives the time, in s.
+    """
+
+    def __init__(self, settings: OonaSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._inside: set[Admission] = set()
+        self._count: dict[str, int] = {}
+        self._rates: dict[str, Rates] = {}
+
+    @property
+    def inside(self) -> Collection[Admission]:
+        """The streams that are open."""
+        return frozenset(self._inside)
+
+    @property
+    def rate_limits(self) -> str:
+        """The limits on rates, in words."""
+        events, size = self.settings.publish_events_per_s, self.settings.publish_bytes_per_s
+        return " and ".join(f"{limit:g} {unit}/s" for limit, unit in ((events, "events"), (size, "bytes")) if limit)
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[Admission]:
+        """Let the present caller's stream in for as long as the context lasts.
+
+        Raises:
+            TurnedAwayError: there are as many as there may be.
+        """
+        caller = CALLER.get()
+        if len(self._inside) >= self.settings.max_streams:
+            raise TurnedAwayError(f"{len(self._inside)} streams are open, which is the limit")
+        if caller is not None and self._count.get(caller.name, 0) >= self.settings.max_streams_per_token:
+            raise TurnedAwayError(
+                f"token {caller.name!r} has {self._count[caller.name]} streams open, which is the limit for one"
+            )
+        admission = Admission(self, caller)
+        self._inside.add(admission)
+        if caller is not None:
+            self._count[caller.name] = self._count.get(caller.name, 0) + 1
+        try:
+            yield admission
+        finally:
+            self._inside.remove(admission)
+            if caller is not None:
+                self._count[caller.name] -= 1
+                if not self._count[caller.name]:
+                    del self._count[caller.name]
+
+    def rates(self, name: str) -> Rates | None:
+        """What remains for ``name`` to publish, shared by all its streams; None where there is no limit."""
+        if not (self.settings.publish_events_per_s or self.settings.publish_bytes_per_s):
+            return None
+        if len(self._rates) >= _MAX_RATES:
+            self._rates = {name: rates for name, rates in self._rates.items() if not rates.unused}
+        return self._rates.setdefault(name, Rates(self.settings, self._clock))
