@@ -84,9 +84,11 @@ def make_report(graph, step, **run):
 class Host:
     """Speaks for a session: makes its events, and keeps what the controller answers."""
 
-    def __init__(self, controller, run_id="run", **started):
+    def __init__(self, controller, run_id="run", *, session_id="", clock=1_000, **started):
         self.controller = controller
         self.run_id = run_id
+        self.session_id = session_id
+        self.clock = clock
         self.graph = started.pop("graph", None) or make_graph()
         self.started = {"mode": decision_pb2.MODE_ACT, "parameters": 1000, **started}
         self.count = 0
@@ -94,8 +96,9 @@ class Host:
 
     def event(self, **payload):
         self.count += 1
-        event = event_pb2.Event(event_id=f"{self.run_id}-{self.count}", run_id=self.run_id)
-        event.created_at.FromSeconds(1_000 + self.count)
+        event_id = f"{self.run_id}-{self.session_id}{self.count}"
+        event = event_pb2.Event(event_id=event_id, run_id=self.run_id, session_id=self.session_id)
+        event.created_at.FromSeconds(self.clock + self.count)
         [(name, message)] = payload.items()
         getattr(event, name).CopyFrom(message)
         getattr(event, name).SetInParent()
@@ -146,6 +149,38 @@ def make_controller(tmp_path, policy="chance", **settings):
     return Controller(PolicyStore.from_settings(settings), settings)
 
 
+def make_seed(**values):
+    """A seed that has held for long."""
+    return health_pb2.SeedSignal(
+        **{
+            "seed_id": "s1",
+            "place": 5,
+            "stage": health_pb2.SEED_STAGE_HOLDING,
+            "steps_in_stage": 500,
+            "blueprint": "mlp",
+            "parameters": 50,
+            **values,
+        }
+    )
+
+
+def until_command(host, steps=range(100, 5000, 100)):
+    """Report until a command is sent; returns the step and what was told."""
+    for step in steps:
+        answers = told(host.report(step))
+        if answers.commands:
+            return step, answers
+    raise AssertionError("no command was sent")
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A host whose run has started."""
+    host = Host(make_controller(tmp_path))
+    host.start()
+    return host
+
+
 @pytest.fixture
 def network():
     return PolicyNetwork(PolicyConfig(BLUEPRINTS, hidden=16))
@@ -162,7 +197,14 @@ def saved(tmp_path, network):
 def tools():
     """Everything above, for tests: conftest cannot be imported under import mode importlib."""
     return SimpleNamespace(
-        graph=make_graph, state=make_state, report=make_report, Host=Host, told=told, controller=make_controller
+        graph=make_graph,
+        state=make_state,
+        report=make_report,
+        seed=make_seed,
+        Host=Host,
+        told=told,
+        until_command=until_command,
+        controller=make_controller,
     )
 
 

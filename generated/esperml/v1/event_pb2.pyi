@@ -92,8 +92,8 @@ class Event(message.Message):
     traceparent: builtins.str
     """W3C trace context ("traceparent") of what caused it. Empty where there is none."""
     session_id: builtins.str
-    """The session of the run that made it, or, of kind commands, that it is for. Tells two sessions apart that go under one
-    run. Empty where there is no such distinction: from publishers that have none, and for any session.
+    """The session of the run that made it or, where Tamiyo did, that it is for: two that go under one run are told apart by
+    it. Empty from publishers that have none, and for any session.
     """
     @builtins.property
     def created_at(self) -> timestamp_pb2.Timestamp:

@@ -20,8 +20,9 @@ from esperml.tamiyo import validate
 from esperml.tamiyo.analyzer import Analyzer
 from esperml.tamiyo.checkpoint import CheckpointError
 from esperml.tamiyo.rewards import LossCurve
-from esperml.tamiyo.run_control import Outgoing, RunControl
-from esperml.tamiyo.run_state import NotPendingError, RunState
+from esperml.tamiyo.run_control import RunControl
+from esperml.tamiyo.run_state import NotPendingError, Outgoing, RunState
+from esperml.tamiyo.sessions import contest, stale_reports, superseded_by
 from esperml.tamiyo.store import PolicyStore, UnknownPolicyError
 from esperml.v1 import decision_pb2, event_pb2, graph_pb2, runs_pb2
 
@@ -72,15 +73,17 @@ class Controller:
 
     # Events.
 
-    def handle(self, kind: event_pb2.Kind.ValueType, event: event_pb2.Event) -> Outgoing:
+    def handle(self, kind: event_pb2.Kind.ValueType, event: event_pb2.Event, *, stale: bool = False) -> Outgoing:
         """Take in one event.
 
-        Events of a run that is not known yet are held, a bounded number of them, until it starts; those of one whose
-        start was refused are dropped. A second start of a run begins it anew. Duplicates, by event id, change nothing.
+        Events of a run or session that is not known yet are held, a bounded number of them, until it starts; those of
+        one whose start was refused are dropped. A second start of a run begins it anew, and what another session of it
+        says from then on is left out. Duplicates, by event id, change nothing.
 
         Args:
             kind: telemetry, events or outcomes; the payloads of other kinds are ignored.
             event: the event.
+            stale: whether a later report of the session is known to follow. Only the latest is decided on.
 
         Returns:
             What is to be published, in order.
@@ -92,11 +95,17 @@ class Controller:
         if event.WhichOneof("payload") == "run_started":
             return self._start(event)
         control = self._runs.get(event.run_id)
-        if control is not None:
-            return control.handle(event)
-        if event.run_id not in self._refused:
+        if control is None:
+            if event.run_id not in self._refused:
+                self._hold(kind, event)
+            return []
+        run = control.run
+        if event.session_id in run.superseded:
+            return contest(run, event)
+        if run.session_id and event.session_id not in ("", run.session_id):
             self._hold(kind, event)
-        return []
+            return []
+        return control.handle(event, stale=stale)
 
     def rebuild(self, events: Iterable[tuple[event_pb2.Kind.ValueType, event_pb2.Event]]) -> None:
         """Take in what was recorded of runs before, decisions included, without deciding anything anew.
@@ -138,7 +147,7 @@ class Controller:
     def _start(self, event: event_pb2.Event) -> Outgoing:
         run_id, started = event.run_id, event.run_started
         before = self._runs.get(run_id)
-        if before is not None and before.run.origin == event.event_id:
+        if before is not None and (before.run.origin == event.event_id or event.session_id in before.run.superseded):
             return []
         try:
             validate.check_graph(started.graph, "event.run_started.graph")
@@ -161,6 +170,8 @@ class Controller:
             analyzer=Analyzer(run_id, started.graph),
             settings=self.settings,
             started_at=event.created_at,
+            session_id=event.session_id,
+            superseded=superseded_by(event.session_id, before.run if before is not None else None),
         )
         control = RunControl(run, self.settings, self._seed, self._curve)
         self._runs.pop(run_id, None)
@@ -168,9 +179,10 @@ class Controller:
         self._curves.pop(run_id, None)
         self._evict()
         log.info("run_started", run_id=run_id, policy=policy.facts.name, layers=len(started.graph.layers))
-        for kind, held in self._held.pop(run_id, []):
+        waiting = self._held.pop(run_id, [])
+        for (kind, held), stale in zip(waiting, stale_reports([held for _, held in waiting]), strict=True):
             try:
-                outgoing += self.handle(kind, held)
+                outgoing += self.handle(kind, held, stale=stale)
             except InvalidFieldError as error:
                 log.warning("event_refused", run_id=run_id, field=error.field, problem=error.problem)
         return outgoing

@@ -25,8 +25,10 @@ from esperml.client import (
     StorageError,
     Subscription,
 )
+from esperml.client.credentials import NO_CREDENTIALS, Credentials
 from esperml.contract import InvalidFieldError, kind_name
 from esperml.tamiyo.controller import Controller, Outgoing
+from esperml.tamiyo.sessions import stale_reports
 from esperml.v1 import event_pb2, oona_pb2
 
 GROUP: Final = "tamiyo"
@@ -64,15 +66,16 @@ class TamiyoLoop:
 
     Args:
         controller: decides.
-        token: bearer token, where the bus asks for one.
+        credentials: token and TLS, where the bus asks for them.
     """
 
-    def __init__(self, controller: Controller, *, token: str | None = None) -> None:
+    def __init__(self, controller: Controller, *, credentials: Credentials = NO_CREDENTIALS) -> None:
         self._controller = controller
-        self._token = token
+        self._credentials = credentials
         self._client: OonaClient | None = None
         self._turn = asyncio.Lock()
         self._missing: OrderedDict[str, None] = OrderedDict()
+        self._start = 0  # Reports below this offset were there before this loop: they say how hosts were then.
         self._committed: dict[event_pb2.Kind.ValueType, int] = {}
         self._progress = asyncio.Condition()
 
@@ -86,9 +89,10 @@ class TamiyoLoop:
         Raises:
             OonaError: the bus refused the connection for good, or another uses the same client id.
         """
-        async with OonaClient(target, client_id=f"tamiyo-{uuid.uuid4().hex}", token=self._token) as client:
+        async with OonaClient(target, client_id=f"tamiyo-{uuid.uuid4().hex}", credentials=self._credentials) as client:
             self._client = client
             try:
+                self._start = await self._head(client)
                 async with asyncio.TaskGroup() as group:
                     consumers = [group.create_task(self._consume(client, kind)) for kind in CONSUMED]
                     yield
@@ -122,12 +126,23 @@ class TamiyoLoop:
                 log.warning("group_not_founded", kind=kind_name(kind), problem=str(error))
                 await asyncio.sleep(RETRY_S)
 
+    async def _head(self, client: OonaClient) -> int:
+        """Offset of the next report to come."""
+        while True:
+            try:
+                return (await client.describe(event_pb2.KIND_TELEMETRY)).topic.next_offset
+            except CallFailedError as error:
+                log.warning("bus_not_reached", problem=str(error))
+                await asyncio.sleep(RETRY_S)
+
     async def _take(self, subscription: Subscription, records: Sequence[event_pb2.Record]) -> None:
-        for record in records:
+        stale = stale_reports([record.event for record in records])
+        for record, is_stale in zip(records, stale, strict=True):
             if record.event.HasField("run_ended"):
                 await self._catch_up(record.event.run_id)
+            backlog = subscription.kind == event_pb2.KIND_TELEMETRY and record.offset < self._start
             async with self._turn:
-                outgoing = await self._handle(subscription.kind, record)
+                outgoing = await self._handle(subscription.kind, record, stale=is_stale or backlog)
             try:
                 await self.publish(outgoing)
             except (RejectedError, FrameTooLargeError) as error:
@@ -165,12 +180,12 @@ class TamiyoLoop:
         except (TimeoutError, CallFailedError) as error:
             log.warning("end_not_awaited", run_id=run_id, problem=str(error) or f"no progress within {CATCH_UP_S:g} s")
 
-    async def _handle(self, kind: event_pb2.Kind.ValueType, record: event_pb2.Record) -> Outgoing:
+    async def _handle(self, kind: event_pb2.Kind.ValueType, record: event_pb2.Record, *, stale: bool) -> Outgoing:
         event = record.event
         try:
             if event.WhichOneof("payload") != "run_started":
                 await self._ensure_known(event.run_id, kind, record.offset)
-            return self._controller.handle(kind, event)
+            return self._controller.handle(kind, event, stale=stale)
         except InvalidFieldError as error:
             log.warning("event_refused", run_id=event.run_id, field=error.field, problem=error.problem)
         except FAILURES:

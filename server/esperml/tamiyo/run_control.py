@@ -17,12 +17,10 @@ from esperml.tamiyo import lifecycle, rules, validate
 from esperml.tamiyo.engine import Options, decide
 from esperml.tamiyo.experience import OpenExperience
 from esperml.tamiyo.rewards import LossCurve, paired_reward
-from esperml.tamiyo.run_state import MAX_AHEAD, Flight, RunState
+from esperml.tamiyo.run_state import MAX_AHEAD, Flight, Outgoing, RunState
+from esperml.tamiyo.sessions import stale_reports
 from esperml.tamiyo.view import StateView
 from esperml.v1 import decision_pb2, event_pb2, experience_pb2, graph_pb2, health_pb2, run_pb2, runs_pb2
-
-Outgoing = list[tuple[event_pb2.Kind.ValueType, event_pb2.Event]]
-"""Events to publish, each with its kind, in order."""
 
 LIFECYCLE: Final = "lifecycle"
 """Name that stands for a policy in the decisions that settle seeds."""
@@ -65,8 +63,12 @@ class RunControl:
         """Decide again. What is recorded still stands: a report that comes once more is not decided on anew."""
         self._replaying = False
 
-    def handle(self, event: event_pb2.Event) -> Outgoing:
+    def handle(self, event: event_pb2.Event, *, stale: bool = False) -> Outgoing:
         """Take in one event; a duplicate changes nothing.
+
+        Args:
+            event: the event.
+            stale: whether a later report is known to follow. No decision is taken on this one, unless it is on record.
 
         Returns:
             What is to be published, in order.
@@ -79,7 +81,7 @@ class RunControl:
             return []
         match event.WhichOneof("payload"):
             case "health_report":
-                return self._report(event)
+                return self._report(event, stale=stale)
             case "structure_changed":
                 return self._restructure(event.structure_changed)
             case "epoch_completed":
@@ -108,7 +110,7 @@ class RunControl:
 
     # What the host says.
 
-    def _report(self, event: event_pb2.Event) -> Outgoing:
+    def _report(self, event: event_pb2.Event, *, stale: bool) -> Outgoing:
         run, report = self.run, event.health_report
         self._note_loss(report.step, report.run)
         if run.ended:
@@ -126,7 +128,8 @@ class RunControl:
         run.release_stale()
         if run.status == runs_pb2.RUN_STATUS_PAUSED:
             return []
-        return [*self._settle_seeds(event.created_at), *self._decide(event.created_at)]
+        at = event.created_at
+        return [*self._settle_seeds(at, stale=stale), *self._decide(at, stale=stale)]
 
     def _restructure(self, changed: run_pb2.StructureChanged) -> Outgoing:
         run = self.run
@@ -135,13 +138,13 @@ class RunControl:
         run.analyzer.restructure(changed.graph)
         waiting, run.ahead = run.ahead, []
         outgoing: Outgoing = []
-        for event in waiting:
+        for event, stale in zip(waiting, stale_reports(waiting), strict=True):
             try:
                 self._check(event)
             except InvalidFieldError as error:
                 log.warning("report_refused", run_id=run.run_id, field=error.field, problem=error.problem)
                 continue
-            outgoing += self._report(event)
+            outgoing += self._report(event, stale=stale)
         return outgoing
 
     def _note_loss(self, step: int, measures: health_pb2.RunMeasures) -> None:
@@ -212,7 +215,7 @@ class RunControl:
 
     # What Tamiyo makes of it.
 
-    def _settle_seeds(self, at: Timestamp) -> Outgoing:
+    def _settle_seeds(self, at: Timestamp, *, stale: bool) -> Outgoing:
         run = self.run
         outgoing: Outgoing = []
         for seed in run.analyzer.seeds:
@@ -223,6 +226,8 @@ class RunControl:
             if settlement is None:
                 continue
             decision = self._settlement(settlement)
+            if not self._is_open(decision.decision_id, stale=stale):
+                continue
             recorded = self._as_recorded(decision)
             if recorded is not None:
                 run.settling[seed.seed_id] = run.step
@@ -258,7 +263,15 @@ class RunControl:
         last = run.last_decision_step
         return last is None or run.step >= last + run.limits.decision_interval_steps
 
-    def _decide(self, at: Timestamp) -> Outgoing:
+    def _is_open(self, decision_id: str, *, stale: bool) -> bool:
+        """Whether a decision can be taken now.
+
+        After a backlog the host is long past a stale report, and would be sent at once what was meant for one step
+        after the other. What is on record was decided then and still stands.
+        """
+        return not stale or decision_id in self._recorded
+
+    def _decide(self, at: Timestamp, *, stale: bool) -> Outgoing:
         run = self.run
         if not self._is_due():
             return []
@@ -269,6 +282,8 @@ class RunControl:
             ttl_steps=self._settings.command_ttl_steps,
         )
         decision_id = run.new_id(run.step, "policy")
+        if not self._is_open(decision_id, stale=stale):
+            return []
         verdict = decide(self._situation(), run.policy, options, decision_id, self._generator(run.step))
         decision = self._as_recorded(verdict.decision)
         if decision is None:
@@ -305,7 +320,7 @@ class RunControl:
             return []
         run.open_experience = None
         experience = opened.close(state, self._reward(opened), step=run.step, done=done)
-        event = self._event(f"{opened.decision.decision_id}/experience", at)
+        event = run.event(f"{opened.decision.decision_id}/experience", at)
         event.experience.CopyFrom(experience)
         return [(event_pb2.KIND_EXPERIENCE, event)]
 
@@ -339,11 +354,11 @@ class RunControl:
 
     def _told(self, decision: decision_pb2.AdaptationDecision, at: Timestamp) -> Outgoing:
         """The decision as it stands, and the command where it is sent."""
-        told = self._event(f"{decision.decision_id}/{decision.disposition}", at)
+        told = self.run.event(f"{decision.decision_id}/{decision.disposition}", at)
         told.decision.CopyFrom(decision)
         outgoing: Outgoing = [(event_pb2.KIND_DECISIONS, told)]
         if decision.disposition == decision_pb2.DISPOSITION_SENT:
-            sent = self._event(f"{decision.decision_id}/command", at)
+            sent = self.run.event(f"{decision.decision_id}/command", at)
             sent.command.CopyFrom(
                 decision_pb2.Command(
                     decision_id=decision.decision_id,
@@ -356,9 +371,6 @@ class RunControl:
             )
             outgoing.append((event_pb2.KIND_COMMANDS, sent))
         return outgoing
-
-    def _event(self, what: str, at: Timestamp) -> event_pb2.Event:
-        return event_pb2.Event(event_id=self.run.new_id(0, what), run_id=self.run.run_id, created_at=at)
 
     # What a person says.
 

@@ -29,6 +29,10 @@ MAX_DECISIONS: Final = 1024
 _NAMESPACE: Final = uuid.UUID("6f1c4d0e-5a6b-5c57-9a55-7d1f0f2b6a11")
 
 
+Outgoing = list[tuple[event_pb2.Kind.ValueType, event_pb2.Event]]
+"""Events to publish, each with its kind, in order."""
+
+
 class NotPendingError(ValueError):
     """A decision does not wait for approval, or not any more.
 
@@ -63,6 +67,8 @@ class RunState:
     Attributes:
         run_id: its name.
         origin: id of the event that started it; decision ids derive from it.
+        session_id: session that started it; empty where it did not say.
+        superseded: earlier sessions of the run, and whether they were found still reporting.
         started: what it said of itself at the start.
         policy: who decides.
         analyzer: its host.
@@ -93,6 +99,8 @@ class RunState:
     analyzer: Analyzer
     settings: TamiyoSettings
     started_at: Timestamp
+    session_id: str = ""
+    superseded: dict[str, bool] = field(default_factory=dict)
     reported_at: Timestamp | None = None
     status: runs_pb2.RunStatus.ValueType = runs_pb2.RUN_STATUS_RUNNING
     step: int = 0
@@ -144,6 +152,12 @@ class RunState:
     def new_id(self, step: int, what: str) -> str:
         """The id of what is made of this run at a step: the same whenever the same report is handled again."""
         return uuid.uuid5(_NAMESPACE, f"{self.origin}/{self.run_id}/{step}/{what}").hex
+
+    def event(self, what: str, at: Timestamp) -> event_pb2.Event:
+        """An event for this run's session, whose payload is still to come; the same ``what`` gives the same id."""
+        return event_pb2.Event(
+            event_id=self.new_id(0, what), run_id=self.run_id, created_at=at, session_id=self.session_id
+        )
 
     def state(self) -> graph_pb2.ModelGraphState:
         """Its state now, without a mask."""
