@@ -7,7 +7,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from esperml.oona.frames import decode
-from esperml.oona.log import LogDamagedError, LogInUseError, LogUnavailableError, StoredFrame
+from esperml.oona.log import (
+    EncodedEvents,
+    GroupProgress,
+    LogDamagedError,
+    LogInUseError,
+    LogUnavailableError,
+    StoredFrame,
+)
+from esperml.oona.ranges import RangeSet
 from esperml.oona.sqlite_log import SqliteLog
 from esperml.v1 import event_pb2
 
@@ -22,7 +30,7 @@ def path(tmp_path):
 async def fill(path, make_event, frames=20) -> None:
     log = SqliteLog(path)
     for frame in range(frames):
-        await log.append(EVENTS, "p", frame * 10 + 1, [make_event(mark="x" * 100) for _ in range(10)], 1500)
+        await log.append(EVENTS, "p", frame * 10 + 1, EncodedEvents.of([make_event(mark="x" * 100) for _ in range(10)]))
     await log.close()
 
 
@@ -66,9 +74,9 @@ def test_a_database_of_another_program_is_refused(path):
 async def test_a_log_of_a_later_version_is_refused(path):
     await SqliteLog(path).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.close()
-    with pytest.raises(LogDamagedError, match="version 2; this program reads version 1"):
+    with pytest.raises(LogDamagedError, match="version 3; this program reads version 2"):
         SqliteLog(path)
 
 
@@ -138,17 +146,17 @@ async def test_a_groups_progress_that_is_no_json_is_refused(path, make_event):
 async def test_a_full_disk_refuses_and_recovers_after_a_purge(path, make_event):
     log = SqliteLog(path, max_bytes=200_000)
     sequence = 1
-    events = [make_event(mark="x" * 1000) for _ in range(10)]
+    events = EncodedEvents.of([make_event(mark="x" * 1000) for _ in range(10)])
     with pytest.raises(LogUnavailableError, match="full"):  # noqa: PT012
         while True:
-            await log.append(EVENTS, "p", sequence, events, 12_000)
+            await log.append(EVENTS, "p", sequence, events)
             sequence += 10
     end = log.bounds(EVENTS).next
     assert end == sequence - 1
     with pytest.raises(LogUnavailableError):
-        await log.append(EVENTS, "p", sequence, events, 12_000)
+        await log.append(EVENTS, "p", sequence, events)
     await log.purge(EVENTS, end // 2)
-    assert (await log.append(EVENTS, "p", sequence, events, 12_000)).first_offset == end
+    assert (await log.append(EVENTS, "p", sequence, events)).first_offset == end
     await log.close()
 
 
@@ -157,3 +165,22 @@ def test_a_frame_that_is_not_what_was_written_is_named():
         decode(EVENTS, StoredFrame(7, 1, 0, b"\xff\xff"))
     with pytest.raises(LogDamagedError, match="holds 0 events, not 1"):
         decode(EVENTS, StoredFrame(7, 1, 0, b""))
+
+
+async def test_a_log_of_the_first_version_is_brought_up_to_date_with_all_that_it_holds(path, make_event):
+    await fill(path, make_event, frames=2)
+    connection = sqlite3.connect(path)
+    connection.execute("INSERT INTO groups (kind, name, committed, done) VALUES (2, 'g', 3, '[[5, 6]]')")
+    connection.execute("DROP TABLE dead_letters")
+    connection.execute("ALTER TABLE groups DROP COLUMN attempts")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    log = SqliteLog(path)
+    assert log.groups() == {(EVENTS, "g"): GroupProgress(3, RangeSet([(5, 6)]))}
+    assert log.bounds(EVENTS).next == 20
+    await log.save_group(EVENTS, "g", GroupProgress(3, RangeSet(), ((3, 3, 1, 1),)))
+    await log.close()
+    log = SqliteLog(path)
+    assert log.groups()[EVENTS, "g"].attempts == ((3, 3, 1, 1),)
+    await log.close()

@@ -38,6 +38,7 @@ class Broker:
             (kind, name): SharedGroup(name, self._topics[kind], log, progress)
             for (kind, name), progress in log.groups().items()
         }
+        log.listen(self._changed)
         # One at a time: of two that found a group at once, the second must see that it is there.
         self._joining = asyncio.Lock()
 
@@ -64,17 +65,15 @@ class Broker:
         Raises:
             RequestRejectedError: a field or an event is not as it must be.
         """
-        check_publish(publish)
+        events = check_publish(publish)
         topic = self._topics[publish.kind]
-        events = publish.events
-        size = publish.ByteSize()
-        stored = self._log.append(publish.kind, client_id, publish.first_sequence, events, size)
+        stored = self._log.append(publish.kind, client_id, publish.first_sequence, events)
 
-        def tell_readers(future: asyncio.Future[Appended]) -> None:
+        def keep(future: asyncio.Future[Appended]) -> None:
             if future.exception() is None:
-                topic.appended(future.result(), events, size)
+                topic.appended(future.result(), events)
 
-        stored.add_done_callback(tell_readers)
+        stored.add_done_callback(keep)
         # A publisher that goes away must not cancel what the log is about to store and readers are to be told of. If
         # it fails then, that is no error nobody handled.
         confirmed = asyncio.shield(stored)
@@ -135,11 +134,16 @@ class Broker:
             earliest = await self._log.purge(kind, min(before, topic.bounds.next))
         except LogUnavailableError as error:
             raise RequestRejectedError(oona_pb2.REJECT_REASON_STORAGE, str(error)) from error
-        for (of_kind, _), group in self._groups.items():
-            if of_kind == kind:
-                group.purged(earliest)
-        topic.purged(earliest)
         return earliest
+
+    def _changed(self, kind: int) -> None:
+        """The log of a kind is longer now, or its old records are gone."""
+        topic = self._topics[kind]
+        if topic.forget_purged():
+            for (of_kind, _), group in self._groups.items():
+                if of_kind == kind:
+                    group.purged(topic.bounds.earliest)
+        topic.wake()
 
     async def _join(self, subscribe: oona_pb2.Subscribe, emit: Emit) -> Subscription:
         deadline_s = ack_deadline_s(subscribe, self.settings.ack_deadline_s)

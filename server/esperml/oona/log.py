@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from esperml.oona.wire import join_batch
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from esperml.oona.ranges import RangeSet
-    from esperml.v1 import event_pb2
+    from esperml.v1 import event_pb2, oona_pb2
 
 
 class LogError(Exception):
@@ -19,6 +21,18 @@ class LogError(Exception):
 
 class LogUnavailableError(LogError):
     """The log cannot store now; nothing of the request was stored. Trying again later may work."""
+
+
+class LogFullError(LogUnavailableError):
+    """The log has reached the limit that it was given; nothing of the request was stored.
+
+    Attributes:
+        retry_after_s: when there may be room again, in s.
+    """
+
+    def __init__(self, problem: str, retry_after_s: float) -> None:
+        super().__init__(problem)
+        self.retry_after_s = retry_after_s
 
 
 class LogDamagedError(LogError):
@@ -39,6 +53,36 @@ class SequenceGapError(LogError):
     def __init__(self, expected: int, given: int) -> None:
         super().__init__(f"must be at most {expected}, the next one of this client, not {given}")
         self.expected = expected
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedEvents:
+    """Events that one request publishes, checked and in the form in which they are stored and delivered.
+
+    Attributes:
+        run_ids: the run of each event.
+        events: each event, a serialized ``esperml.v1.Event``.
+        size: bytes of all events together.
+    """
+
+    run_ids: Sequence[str]
+    events: Sequence[bytes]
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", sum(map(len, self.events)))
+
+    @classmethod
+    def of(cls, events: Sequence[event_pb2.Event]) -> EncodedEvents:
+        """The encoded form of events, which are not checked."""
+        return cls([event.run_id for event in events], [event.SerializeToString() for event in events])
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def batch(self, skip: int = 0) -> bytes:
+        """The events but the first ``skip`` as a serialized ``esperml.v1.EventBatch``, the form of a stored frame."""
+        return join_batch(self.events[skip:] if skip else self.events)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +141,41 @@ class GroupProgress:
     Attributes:
         committed: everything below is done with.
         done: what is done with at or above ``committed``.
+        attempts: what was delivered and came back, as (first offset, last offset, deliveries, failures): ascending
+            and disjoint, at or above ``committed``. Failures are those of its deliveries that came back for the
+            record's own sake, not for that of an earlier one of its run.
     """
 
     committed: int
     done: RangeSet
+    attempts: Sequence[tuple[int, int, int, int]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A record that a group gave up on. It is kept beside the log, and outlives the log's own record.
+
+    Attributes:
+        offset: offset of the record.
+        append_time_ns: when the record was stored, in ns since 1970.
+        event: its event, a serialized ``esperml.v1.Event``.
+        attempts: how often it was delivered.
+        time_ns: when the group gave it up, in ns since 1970.
+        reason: why.
+        replaying: whether it was given back to the group, which has not acknowledged it yet.
+    """
+
+    offset: int
+    append_time_ns: int
+    event: bytes
+    attempts: int
+    time_ns: int
+    reason: oona_pb2.DeadLetterReason.ValueType
+    replaying: bool = False
+
+
+NO_LETTERS: Final[Mapping[int, DeadLetter | None]] = {}
+"""No change of dead letters."""
 
 
 class Log(Protocol):
@@ -116,11 +191,28 @@ class Log(Protocol):
         ...
 
     def bounds(self, kind: int) -> TopicBounds:
-        """The extent of the log of ``kind``, as far as it is durable."""
+        """The extent of the log of ``kind``, as far as this process knows it to be durable."""
+        ...
+
+    def listen(self, changed: Callable[[int], None]) -> None:
+        """Have ``changed(kind)`` called on the event loop whenever ``bounds(kind)`` has changed, whoever changed it.
+
+        That is: after an append or a purge through this object, after records that the engine itself let go as too old
+        or too many, and after what other processes stored or deleted where they share the log. An append or purge
+        through this object resolves its future before the call. There is one listener, the broker, which asks to be
+        called once, before anything else; one call may stand for several changes.
+        """
         ...
 
     def groups(self) -> Mapping[tuple[int, str], GroupProgress]:
         """Progress of each (kind, group) as it was when the log was opened."""
+        ...
+
+    def letters(self) -> Mapping[tuple[int, str], Mapping[int, bool]]:
+        """Dead letters of each (kind, group) that has some, as they were when the log was opened.
+
+        They are given by their offsets; the value says whether the letter was being replayed.
+        """
         ...
 
     async def next_sequence(self, client_id: str) -> int:
@@ -131,13 +223,14 @@ class Log(Protocol):
         """
         ...
 
-    def append(
-        self, kind: int, client_id: str, first_sequence: int, events: Sequence[event_pb2.Event], size: int
-    ) -> asyncio.Future[Appended]:
-        """Store events, about ``size`` bytes, and the publisher's sequence with them. They must not change afterwards.
+    def append(self, kind: int, client_id: str, first_sequence: int, events: EncodedEvents) -> asyncio.Future[Appended]:
+        """Store events, at least one, as one frame, and the publisher's sequence with them.
+
+        Events at the front whose sequences are stored already are left out.
 
         Raises (from the future):
             SequenceGapError: the sequence leaves a gap.
+            LogFullError: the log is over its limit; nothing was stored.
             LogUnavailableError: nothing was stored.
         """
         ...
@@ -156,11 +249,25 @@ class Log(Protocol):
         """Offset of the first record stored at or after a time (ns since 1970), or of the next to be stored."""
         ...
 
-    def save_group(self, kind: int, group: str, progress: GroupProgress) -> asyncio.Future[None]:
-        """Store a group's progress.
+    def save_group(
+        self, kind: int, group: str, progress: GroupProgress, letters: Mapping[int, DeadLetter | None] = NO_LETTERS
+    ) -> asyncio.Future[None]:
+        """Store a group's progress and what became of dead letters of it, both or neither.
+
+        ``letters`` names dead letters by their offsets: each is stored in the place of the one that was there, if any,
+        or deleted where the value is None.
 
         Raises (from the future):
-            LogUnavailableError: it was not stored.
+            LogUnavailableError: nothing was stored.
+        """
+        ...
+
+    async def dead_letters(self, kind: int, group: str, first: int, limit: int) -> list[DeadLetter]:
+        """Dead letters of a group from offset ``first`` on, at most ``limit``, ascending; all that was stored before.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+            LogUnavailableError: the log cannot be asked now.
         """
         ...
 

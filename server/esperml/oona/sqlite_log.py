@@ -21,10 +21,14 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 from esperml.oona.log import (
+    NO_LETTERS,
     Appended,
+    DeadLetter,
+    EncodedEvents,
     GroupProgress,
     LogDamagedError,
     LogError,
+    LogFullError,
     LogInUseError,
     LogUnavailableError,
     SequenceGapError,
@@ -32,16 +36,20 @@ from esperml.oona.log import (
     TopicBounds,
 )
 from esperml.oona.ranges import RangeSet
+from esperml.oona.sqlite_letters import letter_offsets, read_letters, store_letters
 from esperml.oona.sqlite_schema import create_or_check_schema
-from esperml.v1 import event_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 # What one transaction may take in, so that the first in it does not wait for ever for the last.
 _MAX_TRANSACTION_REQUESTS: Final = 1024
 _MAX_TRANSACTION_BYTES: Final = 32 * 2**20
+
+# How near its limit the file must be for a full disk to be the limit's doing, and when room may have been made.
+_NEARLY_FULL_BYTES: Final = 64 * 2**20
+_FULL_RETRY_S: Final = 5.0
 
 # SQLite's name for when a commit counts as done.
 _SYNCHRONOUS: Final = {"fsync": "FULL", "page_cache": "NORMAL"}
@@ -84,6 +92,7 @@ class _Transaction:
         self.append_time_ns = max(time.time_ns(), last_time_ns)
         self.sequences: dict[str, int] = {}
         self.groups: dict[tuple[int, str], GroupProgress] = {}
+        self.letters: dict[tuple[int, str], dict[int, DeadLetter | None]] = {}
 
     def last_sequence(self, client_id: str) -> int:
         if client_id not in self.sequences:
@@ -93,7 +102,7 @@ class _Transaction:
             self.sequences[client_id] = row[0] if row else 0
         return self.sequences[client_id]
 
-    def append(self, kind: int, client_id: str, first_sequence: int, events: Sequence[event_pb2.Event]) -> Appended:
+    def append(self, kind: int, client_id: str, first_sequence: int, events: EncodedEvents) -> Appended:
         last = self.last_sequence(client_id)
         if first_sequence > last + 1:
             raise SequenceGapError(last + 1, first_sequence)
@@ -101,7 +110,7 @@ class _Transaction:
         duplicates = min(last + 1 - first_sequence, len(events))
         count = len(events) - duplicates
         if count:
-            batch = event_pb2.EventBatch(events=events[duplicates:]).SerializeToString()
+            batch = events.batch(skip=duplicates)
             self.connection.execute(
                 "INSERT INTO frames (kind, first_offset, count, append_time_ns, crc32, batch) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
@@ -122,6 +131,13 @@ class _Transaction:
         self.bounds[kind] = TopicBounds(earliest, bounds.next, bounds.bytes - freed)
         return earliest
 
+    def save_group(
+        self, kind: int, group: str, progress: GroupProgress, letters: Mapping[int, DeadLetter | None]
+    ) -> None:
+        self.groups[kind, group] = progress
+        if letters:
+            self.letters.setdefault((kind, group), {}).update(letters)
+
     def write_summary(self, before: Mapping[int, TopicBounds]) -> None:
         """Write what changed beside the frames: each row once, however many requests changed it."""
         self.connection.executemany(
@@ -135,10 +151,15 @@ class _Transaction:
             [item for item in self.sequences.items() if item[1]],
         )
         self.connection.executemany(
-            "INSERT INTO groups (kind, name, committed, done) VALUES (?, ?, ?, ?) ON CONFLICT (kind, name) DO UPDATE "
-            "SET committed = excluded.committed, done = excluded.done",
-            [(kind, name, p.committed, json.dumps(list(p.done))) for (kind, name), p in self.groups.items()],
+            "INSERT INTO groups (kind, name, committed, done, attempts) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (kind, name) DO UPDATE "
+            "SET committed = excluded.committed, done = excluded.done, attempts = excluded.attempts",
+            [
+                (kind, name, p.committed, json.dumps(list(p.done)), json.dumps(list(p.attempts)))
+                for (kind, name), p in self.groups.items()
+            ],
         )
+        store_letters(self.connection, self.letters)
 
 
 class SqliteLog:
@@ -161,6 +182,7 @@ class SqliteLog:
     def __init__(self, path: Path, *, max_bytes: int = 0, durability: Literal["fsync", "page_cache"] = "fsync") -> None:
         self.durability: Final = durability
         self._path = path
+        self._max_bytes = max_bytes
         self._lock = _lock(path)
         try:
             self._open(max_bytes)
@@ -175,6 +197,7 @@ class SqliteLog:
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="oona-log-reader")
         self._closed = False
+        self._changed: Callable[[int], None] | None = None
         self._writer = threading.Thread(target=self._write, name="oona-log-writer", daemon=True)
         self._writer.start()
 
@@ -194,11 +217,16 @@ class SqliteLog:
                 )
             }
             self._groups = {
-                (kind, name): GroupProgress(committed, RangeSet((first, last) for first, last in json.loads(done)))
-                for kind, name, committed, done in self._connection.execute(
-                    "SELECT kind, name, committed, done FROM groups"
+                (kind, name): GroupProgress(
+                    committed,
+                    RangeSet((first, last) for first, last in json.loads(done)),
+                    tuple((first, last, delivered, failed) for first, last, delivered, failed in json.loads(tries)),
+                )
+                for kind, name, committed, done, tries in self._connection.execute(
+                    "SELECT kind, name, committed, done, attempts FROM groups"
                 )
             }
+            self._letters = letter_offsets(self._connection)
             row = self._connection.execute(
                 "SELECT max(append_time_ns) FROM (SELECT append_time_ns FROM frames ORDER BY rowid DESC LIMIT 1)"
             ).fetchone()
@@ -219,19 +247,31 @@ class SqliteLog:
         """Progress of each (kind, group) as it was when the log was opened."""
         return self._groups
 
+    def letters(self) -> Mapping[tuple[int, str], Mapping[int, bool]]:
+        """Dead letters of each (kind, group) when the log was opened, by offset: whether each is replayed."""
+        return self._letters
+
+    def listen(self, changed: Callable[[int], None]) -> None:
+        """Have ``changed(kind)`` called whenever the bounds have changed; see :class:`esperml.oona.log.Log`."""
+        self._changed = changed
+
     async def next_sequence(self, client_id: str) -> int:
         """The sequence that the next event of the publisher must have; behind all that was asked for before."""
         return await self._ask(lambda transaction: transaction.last_sequence(client_id) + 1)
 
-    def append(
-        self, kind: int, client_id: str, first_sequence: int, events: Sequence[event_pb2.Event], size: int
-    ) -> asyncio.Future[Appended]:
+    def append(self, kind: int, client_id: str, first_sequence: int, events: EncodedEvents) -> asyncio.Future[Appended]:
         """Store events, and the publisher's sequence with them; see :class:`esperml.oona.log.Log`."""
-        return self._ask(lambda transaction: transaction.append(kind, client_id, first_sequence, events), size)
+        return self._ask(lambda transaction: transaction.append(kind, client_id, first_sequence, events), events.size)
 
-    def save_group(self, kind: int, group: str, progress: GroupProgress) -> asyncio.Future[None]:
-        """Store a group's progress."""
-        return self._ask(lambda transaction: transaction.groups.update({(kind, group): progress}))
+    def save_group(
+        self, kind: int, group: str, progress: GroupProgress, letters: Mapping[int, DeadLetter | None] = NO_LETTERS
+    ) -> asyncio.Future[None]:
+        """Store a group's progress, and what became of dead letters of it."""
+        return self._ask(lambda transaction: transaction.save_group(kind, group, progress, letters))
+
+    async def dead_letters(self, kind: int, group: str, first: int, limit: int) -> list[DeadLetter]:
+        """Dead letters of a group from offset ``first`` on, at most ``limit``, ascending."""
+        return await self._in_reader(lambda: read_letters(self._read_connection, kind, group, first, limit))
 
     async def purge(self, kind: int, before: int) -> int:
         """Delete the frames that lie below offset ``before`` as a whole. Returns the earliest offset then."""
@@ -270,10 +310,13 @@ class SqliteLog:
         return future
 
     def _finish(self, requests: list[_Request], bounds: dict[int, TopicBounds] | None) -> None:
-        if bounds is not None:
-            self._bounds = bounds
+        before, self._bounds = self._bounds, self._bounds if bounds is None else bounds
         for request in requests:
             request.settle()
+        if self._changed is not None:
+            for kind, extent in self._bounds.items():
+                if before.get(kind) != extent:
+                    self._changed(kind)
 
     # Inside: the writer thread.
 
@@ -327,11 +370,22 @@ class SqliteLog:
         except (sqlite3.Error, UnicodeDecodeError) as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            problem = LogUnavailableError(f"{self._path.name}: cannot store: {error}")
+            problem = self._problem(error)
             for request in requests:
                 request.error = problem
             return False
         return True
+
+    def _problem(self, error: sqlite3.Error | UnicodeDecodeError) -> LogUnavailableError:
+        """What to tell those whose requests were not stored."""
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL and self._max_bytes:
+            [pages] = self._connection.execute("PRAGMA page_count").fetchone()
+            [page_bytes] = self._connection.execute("PRAGMA page_size").fetchone()
+            # Overflow pages come many at a time: what is missing to the limit need not be one page.
+            if pages * page_bytes > self._max_bytes - _NEARLY_FULL_BYTES:
+                limit = f"{self._path.name}: is full: the limit is {self._max_bytes} bytes; purge, or raise it"
+                return LogFullError(limit, _FULL_RETRY_S)
+        return LogUnavailableError(f"{self._path.name}: cannot store: {error}")
 
     # Inside: the reader thread.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from esperml.oona.log import LogDamagedError
+from esperml.oona.sqlite_letters import LETTERS_SCHEMA
 
 if TYPE_CHECKING:
     import sqlite3
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 # "Oona" in ASCII: tells our files from those of other programs.
 _APPLICATION_ID: Final = 0x4F6F6E61
-_VERSION: Final = 1
+_VERSION: Final = 2
 # Walking every page of a larger file would hold up the start for seconds.
 _FULL_CHECK_BYTES: Final = 256 * 2**20
 
@@ -25,16 +26,22 @@ _SCHEMA: Final = (
     "CREATE TABLE topics (kind INTEGER PRIMARY KEY, earliest INTEGER NOT NULL, next_offset INTEGER NOT NULL, "
     "bytes INTEGER NOT NULL) STRICT",
     "CREATE TABLE publishers (client_id TEXT PRIMARY KEY, last_sequence INTEGER NOT NULL) STRICT, WITHOUT ROWID",
-    # done: ranges [first, last] at or above committed, as JSON.
+    # done: ranges [first, last] at or above committed, as JSON; attempts: [first, last, deliveries, failures] likewise.
     "CREATE TABLE groups (kind INTEGER NOT NULL, name TEXT NOT NULL, committed INTEGER NOT NULL, done TEXT NOT NULL, "
-    "PRIMARY KEY (kind, name)) STRICT, WITHOUT ROWID",
+    "attempts TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (kind, name)) STRICT, WITHOUT ROWID",
+    *LETTERS_SCHEMA,
     f"PRAGMA application_id = {_APPLICATION_ID}",
     f"PRAGMA user_version = {_VERSION}",
 )
 
+# What makes a log of each earlier version one of the next.
+_MIGRATIONS: Final = {1: ("ALTER TABLE groups ADD COLUMN attempts TEXT NOT NULL DEFAULT '[]'", *LETTERS_SCHEMA)}
+
 
 def create_or_check_schema(path: Path, connection: sqlite3.Connection) -> None:
     """Make the tables in an empty file, or check that the file is a log of ours and whole.
+
+    A log of an earlier version becomes one of the present.
 
     Raises:
         LogDamagedError: it is not.
@@ -49,7 +56,7 @@ def create_or_check_schema(path: Path, connection: sqlite3.Connection) -> None:
     if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
         raise LogDamagedError(f"{path}: is a database of another program")
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != _VERSION:
+    if not min(_MIGRATIONS) <= version <= _VERSION:
         raise LogDamagedError(f"{path}: is a log of version {version}; this program reads version {_VERSION}")
     if path.stat().st_size <= _FULL_CHECK_BYTES:
         problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -61,3 +68,10 @@ def create_or_check_schema(path: Path, connection: sqlite3.Connection) -> None:
         ).fetchone()
         if last is not None and last[0] != next_offset:
             raise LogDamagedError(f"{path}: is damaged: log {kind} ends at offset {last[0]}, not at {next_offset}")
+    if version < _VERSION:
+        connection.execute("BEGIN IMMEDIATE")
+        for earlier in range(version, _VERSION):
+            for statement in _MIGRATIONS[earlier]:
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
+        connection.execute("COMMIT")

@@ -6,12 +6,10 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from esperml.oona.frames import Frame, FrameCache, decode
-from esperml.oona.log import LogDamagedError
+from esperml.oona.log import LogDamagedError, StoredFrame
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from esperml.oona.log import Appended, Log, TopicBounds
+    from esperml.oona.log import Appended, EncodedEvents, Log, TopicBounds
     from esperml.v1 import event_pb2
 
 # Bytes read from the log at once, for readers that are behind.
@@ -39,23 +37,27 @@ class Topic:
         self.wakers: set[asyncio.Event] = set()
         self._log = log
         self._cache = FrameCache(cache_bytes)
+        self._floor = log.bounds(kind).earliest
 
     @property
     def bounds(self) -> TopicBounds:
         """The extent of the log."""
         return self._log.bounds(self.kind)
 
-    def appended(self, appended: Appended, events: Sequence[event_pb2.Event], size: int) -> None:
-        """Note what was stored just now, so that readers at the tail need not decode it."""
+    def appended(self, appended: Appended, events: EncodedEvents) -> None:
+        """Note what was stored just now, so that readers at the tail need not read it."""
         if appended.count:
-            stored = events[appended.duplicates :]
-            self._cache.put(Frame(appended.first_offset, appended.append_time_ns, stored, size))
-            self.wake()
+            batch = events.batch(skip=appended.duplicates)
+            stored = StoredFrame(appended.first_offset, appended.count, appended.append_time_ns, batch)
+            self._cache.put(decode(self.kind, stored))
 
-    def purged(self, earliest: int) -> None:
-        """Note that offsets below ``earliest`` are gone."""
-        self._cache.drop_below(earliest)
-        self.wake()
+    def forget_purged(self) -> bool:
+        """Forget what the log holds no longer. Returns whether there was something new to forget."""
+        earliest, self._floor = self._floor, self.bounds.earliest
+        if earliest == self._floor:
+            return False
+        self._cache.drop_below(self._floor)
+        return True
 
     def wake(self) -> None:
         """Let every reader look again."""
