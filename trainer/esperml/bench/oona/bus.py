@@ -1,0 +1,40 @@
+"""The bus alone, in a process of its own: what ``esper serve`` runs beside Tamiyo.
+
+``python -m esperml.bench.oona.bus FOLDER`` prints ``{"listening": …}`` and serves until it is ended. Settings come from
+the environment, as they do for ``esper serve``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import grpc
+
+from esperml.oona import Broker, OonaService, SqliteLog, add_to_server, server_options
+from esperml.settings import LogSettings, configure_logging, load
+
+
+def say_listening(port: int) -> None:
+    """Tell the parent process where this one listens."""
+    sys.stdout.write(json.dumps({"listening": f"127.0.0.1:{port}"}) + "\n")
+    sys.stdout.flush()
+
+
+async def main(folder: Path) -> None:
+    """Serve until the process is ended."""
+    configure_logging(LogSettings(level="warning"))
+    settings = load().oona
+    server = grpc.aio.server(options=[*server_options(settings), ("grpc.so_reuseport", 0)])
+    log = SqliteLog(folder / "oona.sqlite", max_bytes=settings.max_log_bytes, durability=settings.durability)
+    add_to_server(OonaService(Broker(log, settings)), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    say_listening(port)
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1])))
