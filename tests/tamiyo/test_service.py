@@ -93,7 +93,7 @@ async def test_limits_that_the_caller_leaves_out_are_the_servers(served, tools):
 @pytest.mark.parametrize(
     ("options", "kind", "named"),
     [
-        (tamiyo_pb2.DecideOptions(policy="oracle"), NotFoundError, "oracle"),
+        (tamiyo_pb2.DecideOptions(policy="oracle"), NotFoundError, "options.policy: there is no policy named 'oracle'"),
         (tamiyo_pb2.DecideOptions(feature_version=2), PreconditionError, "options.feature_version: is 2"),
         (tamiyo_pb2.DecideOptions(health_threshold=1.5), InvalidStateError, "options.health_threshold"),
         (
@@ -112,8 +112,18 @@ async def test_options_that_cannot_be_met_are_refused_by_name(served, tools, opt
 
 async def test_an_empty_graph_is_refused_and_the_server_stands(served, tools):
     with pytest.raises(InvalidStateError, match=r"state\.graph\.layers: is empty") as caught:
-        await served.tamiyo.decide(graph_pb2.ModelGraphState())
+        await served.tamiyo.decide(graph_pb2.ModelGraphState(graph=graph_pb2.HostGraph()))
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(InvalidStateError, match=r"^INVALID_ARGUMENT: state\.graph: is missing"):
+        await served.tamiyo.decide(graph_pb2.ModelGraphState())
+    for call, request in (
+        (served.tamiyo._stub.Decide, tamiyo_pb2.DecideRequest()),
+        (served.tamiyo._stub.Explain, tamiyo_pb2.ExplainRequest()),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(request)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert refused.value.details().startswith("state: is missing")
     assert await served.tamiyo.decide(tools.state())
 
 

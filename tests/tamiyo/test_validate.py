@@ -42,6 +42,7 @@ def add_layers(count):
 
 
 CASES = [
+    (lambda s: s.ClearField("graph"), "state.graph"),
     (set_field("graph.layers", []), "state.graph.layers"),
     (add_layers(MAX_LAYERS), "state.graph.layers"),
     (set_field("graph.layers.1.name", ""), "state.graph.layers[1].name"),
@@ -108,6 +109,23 @@ def test_a_bad_field_is_refused_by_its_path(tools, change, field):
     with pytest.raises(InvalidFieldError) as caught:
         check_state(state)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (set_field("layers.dead_fraction.values", [0.1]), "has 1 entries, but graph.layers has 4"),
+        (set_field("places.explained_error.values", [0.1]), "has 1 entries, but graph.places.sources has 7"),
+        (set_field("graph.edges.targets.0", 4), "is 4, but graph.layers has 4 entries, counted from 0"),
+        (lambda s: s.adaptations.add(place=50), "is 50, but graph.places.sources has 7 entries, counted from 0"),
+    ],
+)
+def test_what_has_the_wrong_length_is_said_beside_what_it_should_match(tools, change, problem):
+    state = tools.state()
+    change(state)
+    with pytest.raises(InvalidFieldError) as caught:
+        check_state(state)
+    assert caught.value.problem == problem
 
 
 def test_what_is_marked_absent_is_not_looked_at(tools):

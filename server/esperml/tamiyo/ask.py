@@ -57,7 +57,7 @@ def ask(
         FeatureVersionError: the policy reads other features than the caller counts on.
     """
     view = check_state(state)
-    policy = policies.get(options.policy)
+    policy = policies.get(options.policy, "options.policy")
     if options.HasField("feature_version") and options.feature_version != policy.facts.feature_version:
         raise FeatureVersionError(options.feature_version, policy.facts.feature_version)
     parameters = max(1, int(view.specs.parameters.sum()))

@@ -15,7 +15,7 @@ from esperml.tamiyo.checkpoint import CheckpointError
 from esperml.tamiyo.controller import Controller, NotPendingError, Outgoing, UnknownRunError
 from esperml.tamiyo.explain import attribute
 from esperml.tamiyo.store import NoPromotionError, UnknownPolicyError
-from esperml.v1 import runs_pb2, runs_pb2_grpc, tamiyo_pb2, tamiyo_pb2_grpc
+from esperml.v1 import graph_pb2, runs_pb2, runs_pb2_grpc, tamiyo_pb2, tamiyo_pb2_grpc
 
 DEFAULT_ATTRIBUTIONS: Final = 10
 MAX_ATTRIBUTIONS: Final = 10_000
@@ -41,6 +41,12 @@ async def _abort(context: grpc.aio.ServicerContext[_Request, _Response], error: 
     await context.abort(code, str(error))
 
 
+def _state_of(request: tamiyo_pb2.DecideRequest | tamiyo_pb2.ExplainRequest) -> graph_pb2.ModelGraphState:
+    if not request.HasField("state"):
+        raise InvalidFieldError("state", "is missing; it holds the graph of the host and its measures")
+    return request.state
+
+
 class TamiyoService(tamiyo_pb2_grpc.TamiyoServicer):
     """Answers callers. Nothing that it is asked touches a run.
 
@@ -59,7 +65,7 @@ class TamiyoService(tamiyo_pb2_grpc.TamiyoServicer):
     ) -> tamiyo_pb2.DecideResponse:
         """Decide on a state. It takes milliseconds, so it runs on the loop itself."""
         try:
-            policy, verdict = ask(self._policies, self._settings, request.state, request.options)
+            policy, verdict = ask(self._policies, self._settings, _state_of(request), request.options)
         except _EXPECTED as error:
             await _abort(context, error)
         return answer(policy, verdict)
@@ -71,7 +77,7 @@ class TamiyoService(tamiyo_pb2_grpc.TamiyoServicer):
     ) -> tamiyo_pb2.ExplainResponse:
         """Decide, and say what the decision rests on."""
         try:
-            policy, verdict = ask(self._policies, self._settings, request.state, request.options)
+            policy, verdict = ask(self._policies, self._settings, _state_of(request), request.options)
             if request.limit > MAX_ATTRIBUTIONS:
                 raise InvalidFieldError("limit", f"is {request.limit}, more than {MAX_ATTRIBUTIONS}")
         except _EXPECTED as error:
@@ -99,7 +105,7 @@ class TamiyoService(tamiyo_pb2_grpc.TamiyoServicer):
     ) -> tamiyo_pb2.DescribePolicyResponse:
         """Describe one policy."""
         try:
-            policy = self._policies.get(request.name)
+            policy = self._policies.get(request.name, "name")
         except _EXPECTED as error:
             await _abort(context, error)
         return tamiyo_pb2.DescribePolicyResponse(policy=describe(policy, is_default=policy is self._policies.default))

@@ -20,11 +20,14 @@ class UnknownPolicyError(LookupError):
 
     Attributes:
         name: the name that was asked for.
+        field: the field of a request that asked for it; empty where none did.
     """
 
-    def __init__(self, name: str, known: list[str]) -> None:
-        super().__init__(f"there is no policy named {name!r}; there are {', '.join(known)}")
+    def __init__(self, name: str, known: list[str], field: str = "") -> None:
+        problem = f"there is no policy named {name!r}; there are {', '.join(known)}"
+        super().__init__(f"{field}: {problem}" if field else problem)
         self.name = name
+        self.field = field
 
 
 class NoPromotionError(LookupError):
@@ -75,8 +78,12 @@ class PolicyStore:
         """All policies, by name."""
         return [self._policies[name] for name in sorted(self._policies)]
 
-    def get(self, name: str) -> Policy:
+    def get(self, name: str, field: str = "") -> Policy:
         """The policy of a name, the default for the empty one.
+
+        Args:
+            name: of the policy.
+            field: the field of a request that holds the name, for the error to name.
 
         Raises:
             UnknownPolicyError: there is none.
@@ -91,7 +98,7 @@ class PolicyStore:
                 )
             return self.load(SHIPPED, SHIPPED_PATH)
         if name not in self._policies:
-            raise UnknownPolicyError(name, sorted(self._policies))
+            raise UnknownPolicyError(name, sorted(self._policies), field)
         return self._policies[name]
 
     def add(self, policy: Policy) -> None:

@@ -27,6 +27,10 @@ MAX_SEEDS: Final = 4096
 MAX_STEP: Final = 2**53
 """Steps beyond this have no exact float."""
 
+LAYERS: Final = "layers"
+PLACES: Final = "places.sources"
+"""Where in the graph that is of which a column has one entry each, and which an index counts."""
+
 _LAYER_TYPES: Final = frozenset(graph_pb2.LayerType.values()) - {graph_pb2.LAYER_TYPE_UNSPECIFIED}
 _EDGE_KINDS: Final = frozenset(graph_pb2.EdgeKind.values()) - {graph_pb2.EDGE_KIND_UNSPECIFIED}
 _STAGES: Final = frozenset(health_pb2.SeedStage.values()) - {health_pb2.SEED_STAGE_UNSPECIFIED}
@@ -57,16 +61,18 @@ def check_state(state: graph_pb2.ModelGraphState, field: str = "state") -> State
     Raises:
         InvalidFieldError: a field is missing, malformed or out of range.
     """
+    if not state.HasField("graph"):
+        raise InvalidFieldError(f"{field}.graph", "is missing; it says which layers, edges and places the host has")
     view = StateView(state)
     _check_step(state.step, f"{field}.step")
     _check_size(state.graph, f"{field}.graph")
     _check_structure(state.graph, view.specs, f"{field}.graph")
     layers, places = len(state.graph.layers), len(state.graph.places.sources)
     paths = [f"{field}.layers.{name}" for name in LAYER_MEASURES]
-    _check_lengths(columns_of(state.layers, LAYER_MEASURES), layers, paths)
+    _check_lengths(columns_of(state.layers, LAYER_MEASURES), layers, paths, LAYERS)
     _check_values(view.layer_table, _LAYER_BOUNDS, paths)
     paths = [f"{field}.places.{name}" for name in PLACE_MEASURES]
-    _check_lengths(columns_of(state.places, PLACE_MEASURES), places, paths)
+    _check_lengths(columns_of(state.places, PLACE_MEASURES), places, paths, PLACES)
     _check_values(view.place_table, _PLACE_BOUNDS, paths)
     check_run(state.run, f"{field}.run")
     _check_history(view, f"{field}.history")
@@ -112,7 +118,7 @@ def check_report(
     places = len(graph.places.sources)
     for index, place in enumerate(report.places):
         path = f"{field}.places[{index}]"
-        _check_index(place.place, places, f"{path}.place")
+        _check_index(place.place, places, f"{path}.place", PLACES)
         for name, bounds in _PLACE_RANGES.items():
             if place.HasField(name):  # type: ignore[arg-type]
                 _check_number(getattr(place, name), bounds, f"{path}.{name}")
@@ -166,8 +172,8 @@ def _check_edges(graph: graph_pb2.HostGraph, field: str) -> None:
     _check_count(len(edges.sources), MAX_EDGES, f"{field}.sources")
     for name in ("targets", "kinds"):
         _check_length(len(getattr(edges, name)), len(edges.sources), f"{field}.{name}", "edges.sources")
-    _check_indices(edges.sources, len(graph.layers), f"{field}.sources")
-    _check_indices(edges.targets, len(graph.layers), f"{field}.targets")
+    _check_indices(edges.sources, len(graph.layers), f"{field}.sources", LAYERS)
+    _check_indices(edges.targets, len(graph.layers), f"{field}.targets", LAYERS)
     if not _EDGE_KINDS.issuperset(edges.kinds):
         index, kind = next((index, kind) for index, kind in enumerate(edges.kinds) if kind not in _EDGE_KINDS)
         raise InvalidFieldError(f"{field}.kinds[{index}]", f"is {kind}, which is no kind of edge")
@@ -187,8 +193,8 @@ def _check_places(graph: graph_pb2.HostGraph, field: str) -> None:
     _check_count(len(places.sources), MAX_PLACES, f"{field}.sources")
     for name in ("targets", "blueprints"):
         _check_length(len(getattr(places, name)), len(places.sources), f"{field}.{name}", "places.sources")
-    _check_indices(places.sources, len(graph.layers), f"{field}.sources")
-    _check_indices(places.targets, len(graph.layers), f"{field}.targets")
+    _check_indices(places.sources, len(graph.layers), f"{field}.sources", LAYERS)
+    _check_indices(places.targets, len(graph.layers), f"{field}.targets", LAYERS)
     _check_masks(places.blueprints, len(graph.blueprints), f"{field}.blueprints")
 
 
@@ -214,7 +220,7 @@ def _check_history(view: StateView, field: str) -> None:
         previous = point.step
         check_run(point.run, f"{path}.run")
     paths = [f"{field}[{index}].health" for index in range(len(state.history))]
-    _check_lengths([point.health for point in state.history], len(state.graph.layers), paths)
+    _check_lengths([point.health for point in state.history], len(state.graph.layers), paths, LAYERS)
     _check_values(view.health_history, _HEALTH_BOUNDS, paths)
 
 
@@ -228,7 +234,7 @@ def _check_seeds(seeds: Sequence[health_pb2.SeedSignal], places: int, field: str
         if seed.seed_id in seen:
             raise InvalidFieldError(f"{path}.seed_id", f"is {seed.seed_id!r} again; names are unique")
         seen.add(seed.seed_id)
-        _check_index(seed.place, places, f"{path}.place")
+        _check_index(seed.place, places, f"{path}.place", PLACES)
         if seed.stage not in _STAGES:
             raise InvalidFieldError(f"{path}.stage", f"is {seed.stage}, which is no stage")
         _check_number(seed.alpha, (0.0, 1.0), f"{path}.alpha")
@@ -241,7 +247,7 @@ def _check_seeds(seeds: Sequence[health_pb2.SeedSignal], places: int, field: str
 def _check_adaptations(records: Sequence[graph_pb2.AdaptationRecord], places: int, field: str) -> None:
     _check_count(len(records), MAX_ADAPTATIONS, field)
     for index, record in enumerate(records):
-        _check_index(record.place, places, f"{field}[{index}].place")
+        _check_index(record.place, places, f"{field}[{index}].place", PLACES)
         if record.HasField("effect"):
             _check_number(record.effect, (-math.inf, math.inf), f"{field}[{index}].effect")
 
@@ -253,13 +259,13 @@ def check_run(run: health_pb2.RunMeasures, field: str) -> None:
             _check_number(value, _RUN_RANGES[described.name], f"{field}.{described.name}")
 
 
-def _check_lengths(columns: Sequence[graph_pb2.Column], size: int, paths: Sequence[str]) -> None:
+def _check_lengths(columns: Sequence[graph_pb2.Column], size: int, paths: Sequence[str], what: str) -> None:
     for column, path in zip(columns, paths, strict=True):
         if len(column.values) == size and not column.absent:
             continue
         if column.values:
-            _check_length(len(column.values), size, f"{path}.values", "the layers or places")
-            _check_indices(column.absent, size, f"{path}.absent")
+            _check_length(len(column.values), size, f"{path}.values", f"graph.{what}")
+            _check_indices(column.absent, size, f"{path}.absent", what)
         elif column.absent:
             raise InvalidFieldError(f"{path}.absent", "must be empty where there are no values")
 
@@ -287,15 +293,15 @@ def _check_masks(masks: Sequence[int], blueprints: int, field: str) -> None:
         raise InvalidFieldError(f"{field}[{index}]", f"has a bit beyond the {blueprints} blueprints of the graph")
 
 
-def _check_indices(values: Sequence[int], size: int, field: str) -> None:
+def _check_indices(values: Sequence[int], size: int, field: str, what: str) -> None:
     if max(values, default=-1) >= size:
         index = next(index for index, value in enumerate(values) if value >= size)
-        _check_index(values[index], size, f"{field}[{index}]")
+        _check_index(values[index], size, f"{field}[{index}]", what)
 
 
-def _check_index(value: int, size: int, field: str) -> None:
+def _check_index(value: int, size: int, field: str, what: str) -> None:
     if value >= size:
-        raise InvalidFieldError(field, f"is {value}, but there are only {size}")
+        raise InvalidFieldError(field, f"is {value}, but graph.{what} has {size} entries, counted from 0")
 
 
 def _check_length(given: int, expected: int, field: str, other: str) -> None:
