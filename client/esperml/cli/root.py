@@ -33,7 +33,12 @@ COMMANDS: Final = {
     "demo": Mount("esperml.demo.cli:demo", "trainer", "Grow two real networks under Tamiyo and show what came of it."),
     "serve": Mount("esperml.server.cli:serve", "server", "Run Oona and Tamiyo."),
     "trainer": Mount("esperml.trainer.cli:trainer", "trainer", "Collect experience, train Tamiyo on it, look at both."),
-    "topics": Mount("esperml.cli.topics:topics", "", "Look into the bus: topics, groups, records as they come."),
+    "topics": Mount(
+        "esperml.cli.topics:topics", "", "Look into the bus: lags, records as they come, dead letters; purge."
+    ),
+    "record": Mount("esperml.cli.record:record", "", "Record what goes over the bus into a file that any tool reads."),
+    "replay": Mount("esperml.cli.replay:replay", "", "Put a recording back on a bus, at its pace, faster, or renamed."),
+    "token": Mount("esperml.server.token_cli:token", "", "Make, list and revoke tokens that let clients in."),
     "bench": Mount("esperml.bench.cli:bench", "trainer", "Measure latency against a floor in the same run."),
     "config": Mount("esperml.cli.config:config", "", "Show the settings in force and where each came from."),
 }

@@ -7,6 +7,7 @@
 ...     return OonaService(Broker(SqliteLog(path), OonaSettings()))
 """
 
+from esperml.oona.admission import Doors
 from esperml.oona.broker import Broker
 from esperml.oona.log import Log, LogDamagedError, LogError, LogInUseError, LogUnavailableError
 from esperml.oona.service import OonaService, add_to_server, server_options
@@ -14,6 +15,7 @@ from esperml.oona.sqlite_log import SqliteLog
 
 __all__ = [
     "Broker",
+    "Doors",
     "Log",
     "LogDamagedError",
     "LogError",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from esperml.oona.access import CALLER, check_publish, check_subscribe
 from esperml.oona.rate import TokenBucket
+from esperml.oona.refusals import RefusalLog
 from esperml.oona.rejection import RequestRejectedError
 from esperml.v1 import oona_pb2
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from esperml.contract import KindValue
     from esperml.oona.access import Caller
     from esperml.settings import OonaSettings
 
@@ -66,10 +66,13 @@ class Admission:
     Args:
         doors: who let it in.
         caller: who it is; None where the server asks for no tokens.
+        peer: where from, as gRPC says it.
     """
 
-    def __init__(self, doors: Doors, caller: Caller | None) -> None:
+    def __init__(self, doors: Doors, caller: Caller | None, peer: str) -> None:
         self.caller = caller
+        self._peer = peer
+        self._client_id = ""
         self._doors = doors
         self._rates: Rates | None = None
         # First sequence that was over the rate: what comes behind it leaves a gap, and need not be waited for.
@@ -84,6 +87,7 @@ class Admission:
             end: ends the stream from outside.
         """
         self._end = end
+        self._client_id = client_id
         name = client_id if self.caller is None else self.caller.publisher(client_id)
         self._rates = self._doors.rates(name if self.caller is None else self.caller.name)
         return name
@@ -93,27 +97,29 @@ class Admission:
         if self._end is not None:
             self._end(code, detail)
 
-    async def check_publish(self, kind: KindValue, run_ids: Collection[str], first_sequence: int, size: int) -> None:
+    async def check_publish(self, publish: oona_pb2.Publish) -> None:
         """Return when the stream may publish this, which is at once unless it is over its rate.
-
-        Args:
-            kind: the log.
-            run_ids: the run of each event.
-            first_sequence: sequence of the first event.
-            size: bytes of all.
 
         Raises:
             RequestRejectedError: it may not, or not so soon.
         """
-        if self.caller is not None:
-            check_publish(self.caller, kind, run_ids)
-        if self._rates is None:
-            return
-        wait_s = self._rates.wait_s()
+        try:
+            if self.caller is not None:
+                check_publish(self.caller, publish)
+            if self._rates is not None:
+                await self._pace(publish, self._rates)
+        except RequestRejectedError as error:
+            self.refused(error.message)
+            raise
+
+    async def _pace(self, publish: oona_pb2.Publish, rates: Rates) -> None:
+        """Wait until the rates allow it, for a moment; then reject it."""
+        first_sequence = publish.first_sequence
+        wait_s = rates.wait_s()
         if wait_s and (self._over_from is None or first_sequence <= self._over_from):
             # The others of the same name may take what flows in meanwhile.
             await asyncio.sleep(min(wait_s, MAX_WAIT_S))
-            wait_s = self._rates.wait_s()
+            wait_s = rates.wait_s()
         if wait_s:
             self._over_from = first_sequence if self._over_from is None else min(first_sequence, self._over_from)
             raise RequestRejectedError(
@@ -123,10 +129,23 @@ class Admission:
                 retry_after_s=wait_s,
             )
         self._over_from = None
-        self._rates.take(len(run_ids), size)
+        rates.take(len(publish.events), publish.ByteSize())
 
     def check_subscribe(self, subscribe: oona_pb2.Subscribe, standing: int) -> None:
         """Raise :class:`RequestRejectedError` unless the stream, with ``standing`` subscriptions, may have this one."""
+        try:
+            self._check_subscribe(subscribe, standing)
+        except RequestRejectedError as error:
+            self.refused(error.message)
+            raise
+
+    def refused(self, detail: str) -> None:
+        """Note that the stream was refused something."""
+        self._doors.refusals.refused(
+            detail, method="Oona.Stream", peer=self._peer, caller=self.caller, client_id=self._client_id
+        )
+
+    def _check_subscribe(self, subscribe: oona_pb2.Subscribe, standing: int) -> None:
         if self.caller is not None:
             check_subscribe(self.caller, subscribe)
         if standing >= self._doors.settings.max_subscriptions:
@@ -142,10 +161,15 @@ class Doors:
     Args:
         settings: the limits.
         clock: gives the time, in s.
+
+    Attributes:
+        settings: the limits.
+        refusals: the log of what was refused.
     """
 
     def __init__(self, settings: OonaSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
+        self.refusals = RefusalLog(clock)
         self._clock = clock
         self._inside: set[Admission] = set()
         self._count: dict[str, int] = {}
@@ -163,20 +187,21 @@ class Doors:
         return " and ".join(f"{limit:g} {unit}/s" for limit, unit in ((events, "events"), (size, "bytes")) if limit)
 
     @contextlib.contextmanager
-    def admit(self) -> Iterator[Admission]:
+    def admit(self, peer: str) -> Iterator[Admission]:
         """Let the present caller's stream in for as long as the context lasts.
+
+        Args:
+            peer: where from, as gRPC says it.
 
         Raises:
             TurnedAwayError: there are as many as there may be.
         """
         caller = CALLER.get()
-        if len(self._inside) >= self.settings.max_streams:
-            raise TurnedAwayError(f"{len(self._inside)} streams are open, which is the limit")
-        if caller is not None and self._count.get(caller.name, 0) >= self.settings.max_streams_per_token:
-            raise TurnedAwayError(
-                f"token {caller.name!r} has {self._count[caller.name]} streams open, which is the limit for one"
-            )
-        admission = Admission(self, caller)
+        admission = Admission(self, caller, peer)
+        problem = self._full_for(caller)
+        if problem:
+            admission.refused(problem)
+            raise TurnedAwayError(problem)
         self._inside.add(admission)
         if caller is not None:
             self._count[caller.name] = self._count.get(caller.name, 0) + 1
@@ -188,6 +213,14 @@ class Doors:
                 self._count[caller.name] -= 1
                 if not self._count[caller.name]:
                     del self._count[caller.name]
+
+    def _full_for(self, caller: Caller | None) -> str:
+        """Which limit keeps a caller's stream out; empty where none does."""
+        if len(self._inside) >= self.settings.max_streams:
+            return f"{len(self._inside)} streams are open, which is the limit"
+        if caller is not None and self._count.get(caller.name, 0) >= self.settings.max_streams_per_token:
+            return f"token {caller.name!r} has {self._count[caller.name]} streams open, which is the limit for one"
+        return ""
 
     def rates(self, name: str) -> Rates | None:
         """What remains for ``name`` to publish, shared by all its streams; None where there is no limit."""

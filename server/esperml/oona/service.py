@@ -10,6 +10,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from esperml.contract import KINDS
+from esperml.oona.admission import Doors, TurnedAwayError
 from esperml.oona.rejection import RequestRejectedError
 from esperml.oona.stream import ClientStream, StreamEndedError, UnreadableFrame
 from esperml.v1 import oona_pb2, oona_pb2_grpc
@@ -43,12 +44,13 @@ class OonaService(oona_pb2_grpc.OonaServicer):
 
     Args:
         broker: the bus.
+        doors: lets streams in. Default: by the bus's settings.
     """
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, doors: Doors | None = None) -> None:
         self._broker = broker
+        self._doors = Doors(broker.settings) if doors is None else doors
         self._streams: dict[str, ClientStream] = {}
-        self._open = 0
 
     def decode(self, data: bytes) -> oona_pb2.StreamRequest | UnreadableFrame:
         """Decode a frame of the stream, or say why that cannot be."""
@@ -81,11 +83,17 @@ class OonaService(oona_pb2_grpc.OonaServicer):
             except grpc.aio.InternalError as error:
                 raise StreamEndedError(grpc.StatusCode.CANCELLED, "the client has gone") from error
 
-        limit = self._broker.settings.max_streams
-        if self._open >= limit:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{limit} streams are open, which is the limit")
-        self._open += 1
-        stream = ClientStream(self._broker, read, write)
+        try:
+            with self._doors.admit(context.peer()) as admission:
+                await self._serve(ClientStream(self._broker, admission, read, write), context)
+        except TurnedAwayError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+    async def _serve(
+        self,
+        stream: ClientStream,
+        context: grpc.aio.ServicerContext[oona_pb2.StreamRequest, oona_pb2.StreamResponse],
+    ) -> None:
         try:
             await stream.open()
             self._replace(stream)
@@ -94,7 +102,6 @@ class OonaService(oona_pb2_grpc.OonaServicer):
             _log.info("stream_ended", client_id=stream.client_id, code=error.code.name, detail=error.detail)
             await _abort(context, error)
         finally:
-            self._open -= 1
             if self._streams.get(stream.client_id) is stream:
                 del self._streams[stream.client_id]
 

@@ -19,6 +19,7 @@ from esperml.v1 import oona_pb2
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from esperml.oona.admission import Admission
     from esperml.oona.broker import Broker
     from esperml.oona.subscriptions import Subscription
 
@@ -73,22 +74,25 @@ class ClientStream:
 
     Args:
         broker: the bus.
+        admission: what the client may do.
         read: gives the next frame, or None when the client sends no more.
         write: sends a frame; waits while the transport is full.
 
     Attributes:
-        client_id: who it is, once the stream is open.
+        client_id: under which name its sequence is kept, once the stream is open.
     """
 
     def __init__(
         self,
         broker: Broker,
+        admission: Admission,
         read: Callable[[], Awaitable[oona_pb2.StreamRequest | UnreadableFrame | None]],
         write: Callable[[oona_pb2.StreamResponse], Awaitable[None]],
     ) -> None:
         self.client_id = ""
         self._open_request_id = 0
         self._broker = broker
+        self._admission = admission
         self._read = read
         self._write = write
         self._subscriptions: dict[int, tuple[Subscription, asyncio.Task[None]]] = {}
@@ -127,7 +131,7 @@ class ClientStream:
             check_client_id(request.open.client_id)
         except RequestRejectedError as error:
             raise StreamEndedError(grpc.StatusCode.INVALID_ARGUMENT, error.message) from error
-        self.client_id = request.open.client_id
+        self.client_id = self._admission.publisher(request.open.client_id, self.end)
         self._open_request_id = request.request_id
 
     async def serve(self) -> None:
@@ -237,6 +241,7 @@ class ClientStream:
                 raise invalid("request", "is required, and must be one that this server knows")
 
     async def _publish(self, request: oona_pb2.StreamRequest) -> None:
+        await self._admission.check_publish(request.publish)
         while self._unanswered_bytes > _UNANSWERED_BYTES:
             self._answered.clear()
             await self._answered.wait()
@@ -261,6 +266,7 @@ class ClientStream:
         subscription_id = request.subscribe.subscription_id
         if subscription_id in self._subscriptions:
             raise invalid("subscribe.subscription_id", f"{subscription_id} is in use on this stream")
+        self._admission.check_subscribe(request.subscribe, len(self._subscriptions))
         try:
             subscription = await self._broker.subscribe(request.subscribe, self._outbox.put)
         except LogDamagedError as error:
