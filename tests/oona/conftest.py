@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,9 @@ import grpc
 import pytest
 
 from esperml.oona.log import Log
+from esperml.oona.nats_server import NatsServer, NatsServerError, find_nats_server, free_ports
 from esperml.oona.sqlite_log import SqliteLog
+from esperml.settings import JetStreamSettings, OonaSettings
 from esperml.v1 import event_pb2, oona_pb2
 
 
@@ -34,7 +38,7 @@ class Engine:
 
 
 # Each is a fixture of this name that gives an :class:`Engine`, and skips where it lacks what it needs.
-ENGINES = ("sqlite_engine", "sqlite_page_cache_engine")
+ENGINES = ("sqlite_engine", "sqlite_page_cache_engine", "jetstream_engine")
 
 
 @pytest.fixture
@@ -51,6 +55,40 @@ def sqlite_page_cache_engine(tmp_path):
         return SqliteLog(tmp_path / "log.sqlite", durability="page_cache")
 
     return Engine("page_cache", open_log)
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory):
+    """One nats-server for all tests; each has streams under a prefix of its own."""
+    pytest.importorskip("nats")
+    try:
+        find_nats_server()
+    except NatsServerError as error:
+        pytest.skip(str(error))
+    first, second, third = free_ports(3)
+    server = NatsServer(tmp_path_factory.mktemp("nats"), "alone", (first, second, third))
+    server.start()
+    asyncio.run(server.ready())
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def jetstream_settings(nats_server):
+    """Settings of the bus for a gateway with streams that no other test uses."""
+    prefix = f"test-{secrets.token_hex(6)}"
+    cluster = JetStreamSettings(servers=nats_server.url, monitoring=nats_server.monitoring, prefix=prefix)
+    return OonaSettings(engine="jetstream", jetstream=cluster)
+
+
+@pytest.fixture
+def jetstream_engine(jetstream_settings):
+    from esperml.oona.jetstream_log import JetStreamLog
+
+    async def open_log() -> Log:
+        return await JetStreamLog.open(jetstream_settings)
+
+    return Engine("one server, fsync", open_log)
 
 
 @pytest.fixture(params=ENGINES)
@@ -181,8 +219,9 @@ class BusProcess:
         self.port = int(self.process.stdout.readline())
 
     def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.communicate()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from esperml.settings.load import SettingsError, Source, load, sources
 from esperml.settings.logs import configure_logging
 from esperml.settings.model import (
+    JetStreamSettings,
     LogSettings,
     OonaSettings,
     RetentionLimits,
@@ -13,6 +14,7 @@ from esperml.settings.model import (
 )
 
 __all__ = [
+    "JetStreamSettings",
     "LogSettings",
     "OonaSettings",
     "RetentionLimits",

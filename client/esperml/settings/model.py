@@ -62,9 +62,40 @@ class RetentionSettings(Section):
     experience: RetentionLimits = RetentionLimits()
 
 
+class JetStreamSettings(Section):
+    """The NATS cluster that holds the log, where ``oona.engine`` is ``jetstream``."""
+
+    servers: str = Field("nats://127.0.0.1:4222", min_length=1, description="Its servers, separated by commas.")
+    credentials_file: Path | None = Field(None, description="File of credentials for it. Absent: none.")
+    tls_ca_file: Path | None = Field(
+        None, description="Certificates of those who vouch for its servers, in PEM. Absent: no TLS unless they ask."
+    )
+    prefix: str = Field(
+        "oona", pattern="^[a-z][a-z0-9-]*$", description="What the names of streams and subjects begin with."
+    )
+    replicas: int = Field(
+        0,
+        ge=0,
+        le=5,
+        description="Servers that hold each stream. 0: three in a cluster, one where there is one server.",
+    )
+    monitoring: str = Field(
+        "",
+        description="Monitoring addresses of its servers, for example http://127.0.0.1:8222, separated by commas. They "
+        "are asked whether they sync before they confirm. Empty: the declared durability leaves that open.",
+    )
+    timeout_s: float = Field(10.0, ge=1, description="Time after which what the cluster has not confirmed fails, in s.")
+    lease_s: float = Field(
+        5.0, ge=1, description="Time after which the groups of a server that is silent go to another, in s."
+    )
+
+
 class OonaSettings(Section):
     """The bus."""
 
+    engine: Literal["sqlite", "jetstream"] = Field(
+        "sqlite", description="What holds the log. sqlite: a file. jetstream: a NATS cluster, for several servers."
+    )
     durability: Literal["fsync", "page_cache"] = Field(
         "fsync",
         description="What a confirmed record survives. fsync: loss of power. page_cache: the end of the server's "
@@ -95,6 +126,7 @@ class OonaSettings(Section):
     )
     cache_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of recent frames kept decoded for readers.")
     retention: RetentionSettings = RetentionSettings()
+    jetstream: JetStreamSettings = JetStreamSettings()
 
 
 class TamiyoSettings(Section):

@@ -1,0 +1,289 @@
+"""Groups' progress and dead letters in the cluster: one subject for each, of which the last message counts.
+
+A group's progress is saved where it is what this gateway saw last (compare and set on its subject). A gateway that was
+taken for dead, and has its groups coordinated by another by now, therefore fails to save and learns of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from esperml.oona.jetstream_follower import Follower
+from esperml.oona.jetstream_link import ConflictError, Message, RefusedError, new_id
+from esperml.oona.jetstream_names import from_token, to_token
+from esperml.oona.jetstream_writer import fail
+from esperml.oona.log import DeadLetter, GroupProgress, LogDamagedError, LogError, LogFullError, LogUnavailableError
+from esperml.oona.ranges import RangeSet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from esperml.oona.jetstream_link import Link
+
+GroupKey = tuple[int, str]
+
+# Dead letters that go into one batch with the progress. More than these go before it.
+_MAX_LETTERS: Final = 900
+# Trace of a deleted letter, for gateways that look seldom.
+_DELETED_TTL: Final = "24h"
+_RETRY_S: Final = 0.1
+_FULL_RETRY_S: Final = 5.0
+
+
+class GroupMovedError(LogUnavailableError):
+    """Another gateway coordinates the group now."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__(f"group {group!r} is coordinated by another server now")
+
+
+@dataclass(slots=True)
+class GroupRecord:
+    """What the cluster holds of a group.
+
+    Attributes:
+        progress: what the group has done.
+        gateway: the gateway that coordinates it.
+        owners: runs and the members that had them when that gateway last saved.
+        save_id: the save that wrote this.
+        sequence: of the message that says so; 0: none does.
+        letters: its dead letters by offset, and whether they are being replayed.
+    """
+
+    progress: GroupProgress | None = None
+    gateway: str = ""
+    owners: Mapping[str, str] = field(default_factory=dict)
+    save_id: str = ""
+    sequence: int = 0
+    letters: dict[int, bool] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Saving:
+    """What is to be saved of one group, beyond what is being saved."""
+
+    progress: GroupProgress
+    letters: dict[int, DeadLetter | None]
+    futures: list[asyncio.Future[None]]
+
+
+class GroupStore:
+    """The groups of all kinds, as this gateway knows and changes them.
+
+    Args:
+        link: the connection.
+        prefix: of subjects and streams.
+        gateway: this gateway.
+        timeout_s: time after which a save is given up, in s.
+
+    Attributes:
+        stream: the stream's name.
+        subjects: everything in it.
+        records: what the cluster holds.
+        owners: gives the present owners of a group's runs, to be saved with its progress.
+        lost: called with a group that another gateway has taken.
+    """
+
+    def __init__(self, link: Link, prefix: str, gateway: str, timeout_s: float) -> None:
+        self.stream = f"{prefix}_GROUPS".upper()
+        self.subjects = f"{prefix}._group.>"
+        self.records: dict[GroupKey, GroupRecord] = {}
+        self.owners: Callable[[GroupKey], Mapping[str, str]] = lambda _: {}
+        self.lost: Callable[[GroupKey], None] = lambda _: None
+        self._link = link
+        self._prefix = f"{prefix}._group."
+        self._gateway = gateway
+        self._timeout_s = timeout_s
+        self._follower = Follower(link, self.stream, self.subjects, self._apply)
+        self._waiting: dict[GroupKey, _Saving] = {}
+        self._savers: dict[GroupKey, asyncio.Task[None]] = {}
+
+    async def catch_up(self) -> None:
+        """Learn what others have saved. Raises as :meth:`Follower.catch_up` does."""
+        await self._follower.catch_up(await self._link.last_sequence(self.stream))
+
+    def save(
+        self, key: GroupKey, progress: GroupProgress, letters: Mapping[int, DeadLetter | None]
+    ) -> asyncio.Future[None]:
+        """Save; see :meth:`esperml.oona.log.Log.save_group`. What waits for an earlier save becomes one."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            self._waiting[key] = _Saving(progress, dict(letters), [future])
+        else:
+            waiting.progress = progress
+            waiting.letters.update(letters)
+            waiting.futures.append(future)
+        if key not in self._savers:
+            self._savers[key] = asyncio.create_task(self._save(key), name=f"oona-group-{key[1]}")
+        return future
+
+    async def drain(self) -> None:
+        """Wait until nothing waits to be saved."""
+        while self._savers:
+            await asyncio.wait(list(self._savers.values()))
+
+    async def dead_letters(self, key: GroupKey, first: int, limit: int) -> list[DeadLetter]:
+        """Dead letters from an offset on; see :meth:`esperml.oona.log.Log.dead_letters`."""
+        if saver := self._savers.get(key):
+            await asyncio.wait([saver])
+        await self.catch_up()
+        record = self.records.get(key)
+        offsets = sorted(offset for offset in (record.letters if record else ()) if offset >= first)[:limit]
+        found = await self._link.get_last(self.stream, [self._letter_subject(key, offset) for offset in offsets])
+        letters = [decode_letter(message.subject, message.data) for message in found if message.data]
+        return sorted(letters, key=lambda letter: letter.offset)
+
+    async def _save(self, key: GroupKey) -> None:
+        try:
+            while (saving := self._waiting.pop(key, None)) is not None:
+                try:
+                    await self._store(key, saving)
+                except LogError as error:
+                    for future in saving.futures:
+                        fail(future, error)
+                else:
+                    for future in saving.futures:
+                        if not future.done():
+                            future.set_result(None)
+        finally:
+            del self._savers[key]
+
+    async def _store(self, key: GroupKey, saving: _Saving) -> None:
+        """Save, however often it must be tried.
+
+        Raises:
+            GroupMovedError: another gateway has the group.
+            LogUnavailableError: it could not be saved in time.
+        """
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
+        mine = {new_id()}
+        record = self.records.setdefault(key, GroupRecord())
+        held = record.gateway == self._gateway
+        while True:
+            save_id = new_id()
+            mine.add(save_id)
+            try:
+                await self._store_once(key, record, saving, save_id)
+            except ConflictError as error:
+                problem: LogUnavailableError = error
+            except RefusedError as error:
+                if error.full:
+                    raise LogFullError(str(error), _FULL_RETRY_S) from error
+                problem = error
+            except LogUnavailableError as error:
+                problem = error
+            else:
+                return
+            try:
+                await self.catch_up()
+            except LogUnavailableError as error:
+                problem = error
+            if record.save_id in mine:
+                return  # It was saved, and only its confirmation got lost.
+            if held and record.gateway != self._gateway:
+                raise GroupMovedError(key[1])
+            if asyncio.get_running_loop().time() > deadline_s:
+                raise problem
+            await asyncio.sleep(_RETRY_S)
+
+    async def _store_once(self, key: GroupKey, record: GroupRecord, saving: _Saving, save_id: str) -> None:
+        letters = [
+            Message(
+                self._letter_subject(key, offset),
+                b"" if letter is None else encode_letter(letter),
+                {"Nats-TTL": _DELETED_TTL} if letter is None else {},
+            )
+            for offset, letter in saving.letters.items()
+        ]
+        while len(letters) > _MAX_LETTERS:
+            await self._link.store_batch(letters[:_MAX_LETTERS], new_id())
+            del letters[:_MAX_LETTERS]
+        owners = dict(self.owners(key))
+        expected = {"Nats-Expected-Last-Subject-Sequence": str(record.sequence)}
+        body = _encode_progress(saving.progress, owners, self._gateway, save_id)
+        progress = Message(f"{self._root(key)}.progress", body, expected)
+        if letters:
+            last = await self._link.store_batch([progress, *letters], new_id())
+        else:
+            last = await self._link.store(progress)
+        record.progress, record.owners = saving.progress, owners
+        record.gateway, record.save_id = self._gateway, save_id
+        record.sequence = last - len(letters)
+        for offset, letter in saving.letters.items():
+            _note_letter(record, offset, None if letter is None else letter.replaying)
+
+    def _apply(self, sequence: int, subject: str, data: bytes) -> None:
+        kind, token, what, *rest = subject.removeprefix(self._prefix).split(".")
+        key = (int(kind), from_token(token))
+        record = self.records.setdefault(key, GroupRecord())
+        if what == "letter":
+            _note_letter(record, int(rest[0]), decode_letter(subject, data).replaying if data else None)
+            return
+        if sequence <= record.sequence:
+            return  # Our own, noted when it was saved.
+        before = record.gateway
+        try:
+            body = json.loads(data)
+            record.progress = GroupProgress(
+                body["committed"], RangeSet(map(tuple, body["done"])), tuple(map(tuple, body["attempts"]))
+            )
+            record.owners, record.gateway, record.save_id = body["owners"], body["gateway"], body["save"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise LogDamagedError(f"the progress on {subject} was not written by a bus") from error
+        record.sequence = sequence
+        if before == self._gateway != record.gateway:
+            self.lost(key)
+
+    def _root(self, key: GroupKey) -> str:
+        return f"{self._prefix}{key[0]}.{to_token(key[1])}"
+
+    def _letter_subject(self, key: GroupKey, offset: int) -> str:
+        return f"{self._root(key)}.letter.{offset}"
+
+
+def _note_letter(record: GroupRecord, offset: int, replaying: bool | None) -> None:
+    if replaying is None:
+        record.letters.pop(offset, None)
+    else:
+        record.letters[offset] = replaying
+
+
+def _encode_progress(progress: GroupProgress, owners: Mapping[str, str], gateway: str, save_id: str) -> bytes:
+    body = {
+        "committed": progress.committed,
+        "done": list(progress.done),
+        "attempts": list(progress.attempts),
+        "owners": owners,
+        "gateway": gateway,
+        "save": save_id,
+    }
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def encode_letter(letter: DeadLetter) -> bytes:
+    """A dead letter as JSON."""
+    body = {
+        "offset": letter.offset,
+        "append_time_ns": letter.append_time_ns,
+        "event": base64.b64encode(letter.event).decode(),
+        "attempts": letter.attempts,
+        "time_ns": letter.time_ns,
+        "reason": letter.reason,
+        "replaying": letter.replaying,
+    }
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def decode_letter(subject: str, data: bytes) -> DeadLetter:
+    """A dead letter of its JSON. Raises :class:`LogDamagedError` where it is none."""
+    try:
+        body: dict[str, Any] = json.loads(data)
+        body["event"] = base64.b64decode(body["event"])
+        return DeadLetter(**body)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LogDamagedError(f"the dead letter on {subject} was not written by a bus") from error
