@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from esperml.cli import main
 from esperml.cli.root import COMMANDS, Mount
+from esperml.settings.load import known_keys
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,16 @@ def test_config_show_prints_a_table_for_people() -> None:
     result = CliRunner().invoke(main, ["config", "show"])
     assert result.exit_code == 0
     assert "tamiyo.policy" in result.stdout
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_config_show_leaves_names_and_values_whole_however_narrow_the_terminal(columns: str) -> None:
+    folder = "/var/lib/" + "long/" * 30
+    env = {"COLUMNS": columns, "ESPER_SERVER__DATA_DIR": folder}
+    lines = CliRunner(env=env).invoke(main, ["config", "show"]).stdout.splitlines()
+    for key in known_keys():
+        assert sum(line.startswith(f"{key} = ") for line in lines) == 1
+    assert f"server.data_dir = {Path(folder)} (environment ESPER_SERVER__DATA_DIR)" in lines
 
 
 def test_config_show_refuses_an_unknown_key_by_name() -> None:

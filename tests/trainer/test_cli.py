@@ -102,6 +102,13 @@ def test_training_says_what_was_read_how_it_went_and_what_to_do_next(recording: 
     assert f"esper serve --policy {tmp_path / 'new'}" in result.output
 
 
+def test_training_on_too_little_is_warned_of(recording: Path, tmp_path: Path) -> None:
+    result = _esper("train", recording, "--out", tmp_path / "new", "--validation-fraction", 0, *QUICK)
+    assert "Warning: there are only 36 experiences of 4 hosts to learn from" in result.output
+    assert "Warning: no host is held out" in result.output
+    assert "no host is held out" not in _esper("train", recording, "--out", tmp_path / "other", *QUICK).output
+
+
 def test_resuming_keeps_what_is_not_given_again(policy: Path) -> None:
     result = _esper("train", "--out", policy, "--resume", "--steps", "6")
     assert result.exit_code == 0, result.output
@@ -134,7 +141,12 @@ def test_inspecting_a_truncated_recording_says_so(synthetic: ModuleType, record:
     path.write_bytes(path.read_bytes()[:-2000])
     result = _esper("inspect", path)
     assert f"{path} (cut short)" in result.output
+    assert "what it held after these events is lost" in result.output
     assert result.exit_code == 0
+    path.write_bytes(path.read_bytes()[:2000])
+    result = _esper("inspect", path)
+    assert result.exit_code == 1
+    assert "cut off or damaged before its first whole event" in result.output
 
 
 def test_a_recording_without_rewards_can_be_inspected_but_not_learnt_from(

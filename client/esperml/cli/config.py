@@ -42,12 +42,12 @@ def show(file: Path | None, as_json: bool) -> None:
         return
 
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("setting", "value", "from", "what it is"):
-        table.add_column(column, overflow="fold")
+    console = Console()
     for source in listed:
-        style = None if source.origin == "default" else "bold green"
-        table.add_row(source.key, str(source.value), source.origin, source.description, style=style)
-    Console().print(table)
+        style = "" if source.origin == "default" else "bold green"
+        # Not in columns, and not broken: whoever copies a name or a path from a narrow terminal gets the whole of it.
+        console.print(Text(f"{source.key} = {source.value}", style), Text(f"({source.origin})", "dim"), soft_wrap=True)
+        console.print(Padding(source.description, (0, 0, 0, 4), expand=False))

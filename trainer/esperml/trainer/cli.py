@@ -125,6 +125,8 @@ def train(
         dataset = _load(recordings, cluster_label) if recordings else None
         settings = _settings(given, out if resume else None, dataset, epochs)
         with Training(out, settings, dataset, device=_device(device), resume=resume) as training:
+            for shortcoming in training.shortcomings():
+                click.echo(f"Warning: {shortcoming}. esper trainer collect gathers more.", err=True)
             metrics = _run(training)
             best = training.state.best_step
     except (CheckpointError, DatasetError, ReplayError, SnapshotError, TrainingError) as error:
@@ -145,7 +147,7 @@ def inspect(path: Path) -> None:
         esper trainer inspect runs/demo/digits.mcap
         esper trainer inspect policies/mine
     """
-    from esperml.client.errors import NotARecordingError
+    from esperml.client.errors import RecordingError
     from esperml.tamiyo.checkpoint import METADATA_FILE, CheckpointError
     from esperml.trainer import inspection
     from esperml.trainer.dataset import DatasetError
@@ -157,7 +159,7 @@ def inspect(path: Path) -> None:
             lines = inspection.recording_lines(path)
         for line in lines:
             click.echo(line)
-    except (CheckpointError, DatasetError, NotARecordingError, OSError) as error:
+    except (CheckpointError, DatasetError, RecordingError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import structlog
@@ -38,6 +38,10 @@ from esperml.trainer.splitting import split
 _log = structlog.get_logger(__name__)
 
 REPLAY, METRICS, LATEST = "replay.sqlite", "metrics.jsonl", "latest"
+
+
+ENOUGH: Final = 1000
+"""Experiences below which what is learnt hardly carries over to other hosts."""
 
 
 class TrainingError(Exception):
@@ -148,6 +152,20 @@ class Training:
     def network(self) -> PolicyNetwork:
         """The policy that is being trained."""
         return self.algorithm.network
+
+    def shortcomings(self) -> list[str]:
+        """What the experience is too little for, in sentences; empty where there is enough of it."""
+        count = len({step.cluster for step in self._train})
+        hosts = "1 host" if count == 1 else f"{count} hosts"
+        found = []
+        if len(self._train) < ENOUGH:
+            found.append(
+                f"there are only {len(self._train)} experiences of {hosts} to learn from, and fewer than {ENOUGH:,} "
+                f"hardly teach what holds for other hosts"
+            )
+        if not self._validation:
+            found.append("no host is held out, so that nothing will show whether the policy is any good")
+        return found
 
     def run(self, on_step: Callable[[int, Mapping[str, float]], None] | None = None) -> dict[str, float]:
         """Trains to the end.
