@@ -15,9 +15,10 @@ from esperml.tamiyo.features import NODE_FEATURES, PLACE_FEATURES
 from esperml.tamiyo.node_features import node_features
 from esperml.tamiyo.place_features import place_features
 from esperml.tamiyo.sheet import Sheet
+from esperml.tamiyo.structure import LayerSpecs
 from esperml.tamiyo.topology import Topology
 from esperml.tamiyo.validate import check_state
-from esperml.tamiyo.view import LayerSpecs, StateView
+from esperml.tamiyo.view import StateView
 from esperml.v1 import graph_pb2
 
 NAN = math.nan

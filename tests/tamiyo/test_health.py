@@ -109,17 +109,17 @@ def topology(size, pairs, kind=graph_pb2.EDGE_KIND_FORWARD):
 
 
 def test_depth_is_the_longest_way_so_that_a_shortcut_does_not_make_a_layer_shallow():
-    assert topology(4, [(0, 1), (1, 2), (2, 3), (0, 3)]).depth().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert topology(4, [(0, 1), (1, 2), (2, 3), (0, 3)]).depth.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
 def test_layers_on_a_cycle_share_their_depth():
-    depth = topology(4, [(0, 1), (1, 2), (2, 1), (2, 3)]).depth()
+    depth = topology(4, [(0, 1), (1, 2), (2, 1), (2, 3)]).depth
     assert depth.tolist() == pytest.approx([0, 0.5, 0.5, 1])
 
 
 def test_a_graph_without_depth_has_no_positions():
-    assert np.isnan(topology(1, []).depth()).all()
-    assert np.isnan(topology(3, [(1, 1)]).depth()).all()
+    assert np.isnan(topology(1, []).depth).all()
+    assert np.isnan(topology(3, [(1, 1)]).depth).all()
 
 
 def test_neighbours_health_is_the_mean_of_those_that_are_known():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from esperml.tamiyo.feature_names import PLACE_FEATURES
 from esperml.tamiyo.graphs import GraphTensors
 from esperml.tamiyo.policy import MessageLayer, PolicyNetwork
+from esperml.tamiyo.structure import REMEMBERED
 
 _LOWEST: Final = np.finfo(np.float32).min
 
@@ -104,10 +106,12 @@ class FastPolicy:
         return torch.relu(self._place(torch.relu(self._own(host.place) + source + target)))
 
 
+@lru_cache(REMEMBERED)
 def heard(edge_index: tuple[Tensor, ...], size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The edges of ``D^-1/2 (A + I) D^-1/2`` of every kind, in one bag for each layer and kind.
 
-    D is the degree by targets, as in ``GCNConv`` (Kipf and Welling 2017, for directed edges).
+    D is the degree by targets, as in ``GCNConv`` (Kipf and Welling 2017, for directed edges). Remembered by the very
+    tensors, which states of one graph share.
 
     Args:
         edge_index: per kind, sources above targets, ``[2, E_k]``, without self-loops.

@@ -59,16 +59,9 @@ def extract(state: graph_pb2.ModelGraphState, vocabulary: Sequence[str]) -> Grap
 
 def tensors(view: StateView, vocabulary: Sequence[str]) -> GraphTensors:
     """The tensors of a state that was unpacked already; see :func:`extract`."""
-    topology = view.topology
-    edges = {
-        "forward": topology.forward,
-        "reverse": np.concatenate([topology.dataflow[::-1], topology.recurrent], axis=1),
-        "residual": topology.residual,
-        "span": topology.span,
-    }
     return GraphTensors(
         node=torch.from_numpy(node_features(view)),
-        edge_index=tuple(torch.from_numpy(np.ascontiguousarray(edges[kind])) for kind in EDGE_KINDS),
+        edge_index=view.structure.edge_index,
         place_source=torch.from_numpy(view.place_source),
         place_target=torch.from_numpy(view.place_target),
         place=torch.from_numpy(place_features(view)),

@@ -180,5 +180,5 @@ def derive(arrays: dict[str, Array], health_history: Array, topology: Topology) 
         "readiness": readiness(present, steady, arrays["steps_since_adaptation"]),
         "upstream_health": topology.mean_over_sources(present),
         "downstream_health": topology.mean_over_targets(present),
-        "layer_position": topology.depth(),
+        "layer_position": topology.depth,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import networkx as nx
@@ -76,6 +77,7 @@ class Topology:
         network.add_edges_from(self.dataflow.T.tolist())
         return network
 
+    @cached_property
     def depth(self) -> Array:
         """Relative depth of each layer, 0 (first) to 1 (last), shape ``[N]``; NaN where the graph has no depth.
 

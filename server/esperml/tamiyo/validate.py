@@ -13,7 +13,8 @@ import numpy as np
 
 from esperml.contract import MEASURES, InvalidFieldError
 from esperml.tamiyo.columns import LAYER_MEASURES, PLACE_MEASURES, Array, Table, columns_of
-from esperml.tamiyo.view import LayerSpecs, StateView
+from esperml.tamiyo.structure import LayerSpecs, Structure
+from esperml.tamiyo.view import StateView
 from esperml.v1 import graph_pb2, health_pb2
 
 MAX_LAYERS: Final = 4096
@@ -65,8 +66,7 @@ def check_state(state: graph_pb2.ModelGraphState, field: str = "state") -> State
         raise InvalidFieldError(f"{field}.graph", "is missing; it says which layers, edges and places the host has")
     view = StateView(state)
     _check_step(state.step, f"{field}.step")
-    _check_size(state.graph, f"{field}.graph")
-    _check_structure(state.graph, view.specs, f"{field}.graph")
+    _check_structure(state.graph, view.structure, f"{field}.graph")
     layers, places = len(state.graph.layers), len(state.graph.places.sources)
     paths = [f"{field}.layers.{name}" for name in LAYER_MEASURES]
     _check_lengths(columns_of(state.layers, LAYER_MEASURES), layers, paths, LAYERS)
@@ -85,8 +85,7 @@ def check_state(state: graph_pb2.ModelGraphState, field: str = "state") -> State
 
 def check_graph(graph: graph_pb2.HostGraph, field: str) -> None:
     """Check the structure of a host. Raises :class:`InvalidFieldError`."""
-    _check_size(graph, field)
-    _check_structure(graph, LayerSpecs.of(graph), field)
+    _check_structure(graph, Structure.of(graph), field)
 
 
 def check_report(
@@ -131,9 +130,12 @@ def _check_size(graph: graph_pb2.HostGraph, field: str) -> None:
     _check_count(len(graph.layers), MAX_LAYERS, f"{field}.layers")
 
 
-def _check_structure(graph: graph_pb2.HostGraph, specs: LayerSpecs, field: str) -> None:
+def _check_structure(graph: graph_pb2.HostGraph, structure: Structure, field: str) -> None:
+    if structure.is_valid:
+        return
+    _check_size(graph, field)
     # One look at all layers for what is nearly always right; only what is wrong is looked at again, to say what.
-    if not _layers_are_right(specs):
+    if not _layers_are_right(structure.specs):
         names: set[str] = set()
         for index, layer in enumerate(graph.layers):
             _check_layer(layer, names, f"{field}.layers[{index}]")
@@ -141,6 +143,7 @@ def _check_structure(graph: graph_pb2.HostGraph, specs: LayerSpecs, field: str) 
     _check_edges(graph, f"{field}.edges")
     _check_blueprints(graph.blueprints, f"{field}.blueprints")
     _check_places(graph, f"{field}.places")
+    structure.is_valid = True
 
 
 def _layers_are_right(specs: LayerSpecs) -> bool:
