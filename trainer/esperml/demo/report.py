@@ -75,21 +75,29 @@ def _warning(story: DemoStory) -> str:
 
 def _verdict(host: HostStory) -> str:
     adapted, static, random = (host.twins[role].test for role in ("adapted", "static", "random"))
-    change = (adapted.loss - static.loss) / static.loss
-    word, mood = ("lower", "better") if change < 0 else ("higher", "worse")
+    headline, mood = _change((adapted.loss - static.loss) / static.loss)
     if not host.runs["adapted"].applied:
         mood = ""
     return (
         f'<div class="verdict {mood}"><div>{escape(host.name)}</div>'
-        f'<div class="figure">{abs(change):.1%} {word}</div>'
-        f'<div class="what">test loss under Tamiyo ({adapted.loss:.3f}) than left alone ({static.loss:.3f}); '
-        f"masked chance: {random.loss:.3f}. Accuracy {static.accuracy:.1%} → {adapted.accuracy:.1%}.</div></div>"
+        f'<div class="figure">{headline}</div>'
+        f'<div class="what">Test loss under Tamiyo {adapted.loss:.3f}, left alone {static.loss:.3f}, '
+        f"under masked chance {random.loss:.3f}. Accuracy {static.accuracy:.1%} → {adapted.accuracy:.1%}.</div></div>"
     )
+
+
+def _change(relative: float) -> tuple[str, str]:
+    """A relative change of test loss in words, and the class of its verdict; what rounds to nothing is none."""
+    size = f"{abs(relative):.1%}"
+    if size == "0.0%":
+        return "no difference", ""
+    return (f"{size} lower test loss", "better") if relative < 0 else (f"{size} higher test loss", "worse")
 
 
 def _table(story: DemoStory) -> str:
     headings = ("val. loss", "val. acc.", "test loss", "test acc.", "parameters", "sent", "applied", "refused")
-    head = '<th class="text">host</th><th class="text">twin</th>' + "".join(f"<th>{name}</th>" for name in headings)
+    head = '<th class="text">host</th><th class="text twin">twin</th>'
+    head += "".join(f"<th>{name}</th>" for name in headings)
     rows = [
         _row(host, role, best=role == min(host.twins, key=lambda name: host.twins[name].test.loss))
         for host in story.hosts
@@ -113,7 +121,8 @@ def _row(host: HostStory, role: Role, *, best: bool) -> str:
     name = escape(host.name) if role == ROLES[0] else ""
     swatch = f'<span class="swatch" style="background:{style.TWINS[role]}"></span>'
     return (
-        f'<tr{" class=best" if best else ""}><td class="text">{name}</td><td class="text">{swatch}{TITLES[role]}</td>'
+        f'<tr{" class=best" if best else ""}><td class="text">{name}</td>'
+        f'<td class="text twin">{swatch}{TITLES[role]}</td>'
         + "".join(f"<td>{cell}</td>" for cell in cells)
         + "</tr>"
     )
@@ -129,8 +138,9 @@ def _wins(story: DemoStory) -> str:
     )
     return (
         f"<h3>Over {len(story.repeats)} repeats with different seeds, Tamiyo's twin had the lower test loss</h3>"
-        '<table><thead><tr><th class="text">host</th><th>than left alone</th><th>than masked chance</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table><p>The pictures below are of the first repeat, seed {story.seeds[0]}.</p>"
+        '<div class="scroll"><table><thead><tr><th class="text">host</th><th>than left alone</th>'
+        f"<th>than masked chance</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<p>The pictures below are of the first repeat, seed {story.seeds[0]}.</p>"
     )
 
 
@@ -156,7 +166,8 @@ def _host(host: HostStory) -> str:
 
 def _figure(title: str, svg: str, caption: str) -> str:
     heading = f"<h3>{title}</h3>" if title else ""
-    return f"{heading}<figure>{svg}<figcaption>{caption}</figcaption></figure>"
+    caption = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f'{heading}<figure><div class="scroll wide">{svg}</div>{caption}</figure>'
 
 
 def _graphs(name: str, run: RunStory) -> str:
