@@ -21,7 +21,7 @@ from esperml.client import (
     InvalidRequestError,
     OonaClient,
     PublishTimeoutError,
-    StorageError,
+    ResourceExhaustedError,
     StreamEndedError,
     WrongPayloadError,
 )
@@ -153,7 +153,7 @@ async def test_a_full_disk_is_waited_out_and_named_when_time_is_up(bus, client, 
         with pytest.raises(PublishTimeoutError) as caught:  # noqa: PT012
             while True:
                 await oona.publish(EVENTS, filling, timeout_s=0.3)
-        assert isinstance(caught.value.__cause__, StorageError)
+        assert isinstance(caught.value.__cause__, ResourceExhaustedError)
         waiting = [asyncio.create_task(oona.publish(EVENTS, events(n))) for n in (1, 2)]
         end = (await oona.describe(EVENTS)).topic.next_offset
         assert await oona.purge(EVENTS, end - 20) == end - 20

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esperml.client.flow import FlowControl
-from esperml.client.retry import RETRYABLE, Backoff
+from esperml.client.retry import RETRYABLE, RETRYABLE_REJECTIONS, Backoff
+from esperml.v1 import oona_pb2
 
 
 def test_waiting_times_double_up_to_the_longest_and_are_jittered():
@@ -14,6 +15,19 @@ def test_waiting_times_double_up_to_the_longest_and_are_jittered():
         assert ceiling / 2 <= backoff.next_delay() <= ceiling
     backoff.reset()
     assert backoff.next_delay() <= 1
+
+
+@given(st.floats(0, 100))
+def test_a_server_that_names_a_time_is_asked_no_earlier(at_least_s):
+    backoff = Backoff(initial_s=1, longest_s=4)
+    assert at_least_s <= backoff.next_delay(at_least_s) <= max(1.1 * at_least_s, 1)
+
+
+def test_only_what_time_mends_is_asked_for_again():
+    assert {
+        oona_pb2.REJECT_REASON_STORAGE,
+        oona_pb2.REJECT_REASON_RESOURCE_EXHAUSTED,
+    } == RETRYABLE_REJECTIONS
 
 
 def test_what_a_person_must_mend_is_not_tried_again():

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from esperml.cli.connecting import Server, server_options
+
 if TYPE_CHECKING:
     from esperml.client import OonaClient
     from esperml.v1 import event_pb2, oona_pb2
@@ -41,22 +43,14 @@ KIND = KindType()
 
 
 @click.group()
-@click.option(
-    "--server",
-    "target",
-    default="localhost:50051",
-    show_default=True,
-    envvar="ESPER_TARGET",
-    help="Address of the server.",
-)
-@click.option("--token", envvar="ESPER_TOKEN", help="Bearer token, where the server asks for one.")
+@server_options
 @click.pass_context
-def topics(ctx: click.Context, target: str, token: str | None) -> None:
+def topics(ctx: click.Context, server: Server) -> None:
     """Look into the bus: topics, groups and their lag, records as they come.
 
     The bus keeps one log per kind: telemetry, events, decisions, commands, outcomes, experience.
     """
-    ctx.obj = (target, token)
+    ctx.obj = server
 
 
 @topics.command("list")
@@ -146,8 +140,8 @@ async def _tail(
 def _client(ctx: click.Context) -> OonaClient:
     from esperml.client import OonaClient
 
-    target, token = ctx.obj
-    return OonaClient(target, client_id=f"topics-{uuid.uuid4().hex}", token=token)
+    server: Server = ctx.obj
+    return OonaClient(server.target, client_id=f"topics-{uuid.uuid4().hex}", credentials=server.credentials)
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:

@@ -7,13 +7,19 @@
 ...         await oona.publish(event_pb2.KIND_TELEMETRY, [new_event("my-run", health_report=report)])
 """
 
+from esperml.client.credentials import Credentials
 from esperml.client.errors import (
+    AmbiguousRunError,
     BehindFloorError,
     BelowFloorError,
     CallFailedError,
     ClientClosedError,
     ClientIdConflictError,
+    CredentialsError,
+    DrainTimeoutError,
     EsperError,
+    ForbiddenError,
+    ForkedClientError,
     FrameTooLargeError,
     GroupMismatchError,
     InvalidRequestError,
@@ -22,6 +28,7 @@ from esperml.client.errors import (
     PublishTimeoutError,
     RecordingError,
     RejectedError,
+    ResourceExhaustedError,
     SequenceGapError,
     StorageError,
     StreamEndedError,
@@ -32,8 +39,10 @@ from esperml.client.errors import (
 from esperml.client.events import new_event
 from esperml.client.oona import OonaClient
 from esperml.client.recording import Recorded, Recorder, RecordingInfo, describe, read, record
+from esperml.client.replaying import Replayed, Selection, replay, survey
 from esperml.client.retry import Backoff
 from esperml.client.subscription import Subscription
+from esperml.client.sync import SyncOonaClient, SyncSubscription
 from esperml.client.tamiyo import (
     InvalidStateError,
     NotFoundError,
@@ -44,13 +53,19 @@ from esperml.client.tamiyo import (
 )
 
 __all__ = [
+    "AmbiguousRunError",
     "Backoff",
     "BehindFloorError",
     "BelowFloorError",
     "CallFailedError",
     "ClientClosedError",
     "ClientIdConflictError",
+    "Credentials",
+    "CredentialsError",
+    "DrainTimeoutError",
     "EsperError",
+    "ForbiddenError",
+    "ForkedClientError",
     "FrameTooLargeError",
     "GroupMismatchError",
     "InvalidRequestError",
@@ -66,11 +81,16 @@ __all__ = [
     "RecordingError",
     "RecordingInfo",
     "RejectedError",
+    "Replayed",
+    "ResourceExhaustedError",
     "RunsClient",
+    "Selection",
     "SequenceGapError",
     "StorageError",
     "StreamEndedError",
     "Subscription",
+    "SyncOonaClient",
+    "SyncSubscription",
     "TamiyoClient",
     "TamiyoError",
     "TruncatedRecordingError",
@@ -80,4 +100,6 @@ __all__ = [
     "new_event",
     "read",
     "record",
+    "replay",
+    "survey",
 ]

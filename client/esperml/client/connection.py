@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Final, Self
 
 import grpc
+import structlog
 
+from esperml.client.credentials import NO_CREDENTIALS, Credentials, is_local
 from esperml.v1 import oona_pb2, oona_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+
+_log = structlog.get_logger(__name__)
 
 OPEN_TIMEOUT_S: Final = 10.0
 
@@ -33,16 +38,19 @@ class StreamEndedWithoutStatusError(Exception):
         super().__init__("the stream ended without a status")
 
 
-def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
-    """A channel to ``target``, plain where there are no credentials."""
-    if credentials is None:
+def open_channel(target: str, credentials: Credentials = NO_CREDENTIALS) -> grpc.aio.Channel:
+    """A channel to ``target``, plain where the credentials are for no TLS. Raises :class:`CredentialsError`."""
+    channel_credentials = credentials.channel_credentials()
+    if channel_credentials is None:
+        if credentials.has_token and not is_local(target):
+            _warn_of_clear_token(target)
         return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(target, channel_credentials, options=CHANNEL_OPTIONS)
 
 
-def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata that carries the token, if there is one."""
-    return () if token is None else (("authorization", f"Bearer {token}"),)
+@functools.cache  # Once for each server is enough.
+def _warn_of_clear_token(target: str) -> None:
+    _log.warning("token_sent_in_clear", target=target, detail="whoever can listen can use it: connect with TLS (--ca)")
 
 
 class Connection:
@@ -63,20 +71,19 @@ class Connection:
         self.opened = opened
 
     @classmethod
-    async def open(
-        cls, target: str, client_id: str, token: str | None, credentials: grpc.ChannelCredentials | None
-    ) -> Self:
+    async def open(cls, target: str, client_id: str, credentials: Credentials) -> Self:
         """Connect and open a stream as ``client_id``.
 
         Raises:
             grpc.aio.AioRpcError: nobody answers, or the server does not want us.
             StreamEndedWithoutStatusError: something answers that is not the bus.
             TimeoutError: no answer within 10 s.
+            CredentialsError: a file of the credentials cannot be used.
         """
         channel = open_channel(target, credentials)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                call = oona_pb2_grpc.OonaStub(channel).Stream(None, metadata=metadata(token))
+                call = oona_pb2_grpc.OonaStub(channel).Stream(None, metadata=credentials.metadata())
                 opened = await _introduce(call, client_id)
         except BaseException:
             await channel.close(None)
@@ -120,6 +127,7 @@ async def _introduce(
     return response.opened
 
 
+@functools.cache  # Reading it takes half a millisecond, and a stream may be opened often.
 def _client_version() -> str:
     try:
         return f"esperml-python/{version('esperml')}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
@@ -13,16 +14,17 @@ import structlog
 
 from esperml.client.calls import TopicCalls
 from esperml.client.connection import Connection, StreamEndedWithoutStatusError
+from esperml.client.credentials import NO_CREDENTIALS, Credentials, explain
 from esperml.client.errors import (
     ClientClosedError,
+    DrainTimeoutError,
     OonaError,
     PublishTimeoutError,
-    StorageError,
     StreamEndedError,
     rejection,
 )
 from esperml.client.flow import FlowControl
-from esperml.client.retry import RETRYABLE, Backoff
+from esperml.client.retry import RETRYABLE, RETRYABLE_REJECTIONS, Backoff
 from esperml.client.subscription import Subscription
 from esperml.client.window import ResendWindow
 from esperml.v1 import oona_pb2
@@ -38,9 +40,12 @@ _log = structlog.get_logger(__name__)
 
 WINDOW_BYTES: Final = 32 * 2**20
 CREDIT_BYTES: Final = 64 * 2**20
+# A stream that was good for nothing counts as a failure unless it stood for so long, in s: what opens streams and drops
+# them shall not be asked again and again.
+_STEADY_S: Final = 1.0
 
 
-class OonaClient:
+class OonaClient(TopicCalls):
     """Publishes to and subscribes from the bus; an async context manager.
 
     Entering does not wait for the server. In the background the client connects, and connects again whenever the
@@ -48,10 +53,10 @@ class OonaClient:
     once, and subscriptions go on where they were.
 
     Args:
-        target: address of the server, for example ``localhost:50051``.
+        target: address of the server, for example ``localhost:50051``, or several, separated by commas, that serve
+            the same bus: where one fails, the next is tried.
         client_id: names this publisher for ever; unique, for example ``session-<run>-<uuid>``. 1 to 128 characters.
-        token: bearer token, where the server asks for one.
-        credentials: for TLS. None: a plain connection.
+        credentials: token and TLS, where the server asks for them.
         backoff: waiting times between tries.
     """
 
@@ -60,16 +65,12 @@ class OonaClient:
         target: str,
         *,
         client_id: str,
-        token: str | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
         backoff: Backoff | None = None,
     ) -> None:
-        self._target = target
+        super().__init__(target, credentials)
         self._client_id = client_id
-        self._token = token
-        self._credentials = credentials
         self._backoff = Backoff() if backoff is None else backoff
-        self._calls = TopicCalls(target, token, credentials)
         self._window = ResendWindow(client_id, WINDOW_BYTES)
         self._admission = asyncio.Lock()
         self._room = asyncio.Event()
@@ -81,6 +82,9 @@ class OonaClient:
         self._to_send = asyncio.Event()
         self._connected = asyncio.Event()
         self._hold_publishing: asyncio.TimerHandle | None = None
+        self._hold_subscribing: dict[int, asyncio.TimerHandle] = {}
+        self._left = asyncio.Event()
+        self._sealed = False
         self._last_refusal: OonaError | None = None
         self._failure: OonaError | None = None
         self._max_frame_bytes = 0
@@ -96,12 +100,56 @@ class OonaClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the stream at once. What is unconfirmed fails with :class:`ClientClosedError`."""
+        """End the stream at once. What is unconfirmed fails with :class:`ClientClosedError`. :meth:`drain` waits."""
         self._fail(ClientClosedError())
         if self._runner is not None:
             self._runner.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._runner
+
+    async def drain(self, *, timeout_s: float | None = 30.0) -> None:
+        """Finish in good order, then close.
+
+        Subscriptions take nothing more in: who iterates over them gets what has arrived, acknowledges it, and leaves,
+        and may publish while doing so. Then nothing new is published, and what is under way is waited for. Call it from
+        a task that iterates over no subscription of this client, or it waits for itself.
+
+        Args:
+            timeout_s: longest time to wait, in s. None: for ever.
+
+        Raises:
+            DrainTimeoutError: it took longer; the client is closed all the same.
+            OonaError: the client had failed before; see :meth:`publish`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._subscriptions:
+                    for subscription in self._subscriptions.values():
+                        subscription.drain()
+                    self._left.clear()
+                    await self._left.wait()
+                self._sealed = True
+                async with self._admission:  # Behind all who publish already.
+                    while self._window and self._failure is None:
+                        self._room.clear()
+                        await self._room.wait()
+            if self._failure is not None:
+                raise self._failure
+        except TimeoutError as error:
+            if timeout_s is None:
+                raise
+            raise DrainTimeoutError(timeout_s) from error
+        finally:
+            await self.close()
+
+    @property
+    def next_sequence(self) -> int:
+        """Sequence of the next event to be sent, 0 before the first stream.
+
+        Where nothing is under way, it tells how many events were stored under this client id since it was first used:
+        one fewer.
+        """
+        return self._window.next_sequence
 
     @property
     def is_connected(self) -> bool:
@@ -137,8 +185,10 @@ class OonaClient:
             PublishTimeoutError: not confirmed in time.
             ClientIdConflictError: another publisher uses the same client id.
             StreamEndedError: the server ended the stream for good.
-            ClientClosedError: the client is closed.
+            ClientClosedError: the client is closed or about to be.
         """
+        if self._sealed:
+            raise ClientClosedError
         request = oona_pb2.StreamRequest(publish=oona_pb2.Publish(kind=kind, events=events))
         try:
             async with asyncio.timeout(timeout_s):
@@ -166,6 +216,7 @@ class OonaClient:
         start: oona_pb2.StartAt | None = None,
         end_offset: int | None = None,
         ack_deadline: timedelta | None = None,
+        redelivery: oona_pb2.Redelivery | None = None,
         credit: int = 1024,
         credit_bytes: int = CREDIT_BYTES,
     ) -> Subscription:
@@ -178,32 +229,23 @@ class OonaClient:
             start: where to start. None: committed for a group, latest for a private reader.
             end_offset: stop before this offset. Private readers only.
             ack_deadline: time after which an unacknowledged record comes again. None: the server's. Groups only.
+            redelivery: how often and after which delays. None: the server's way. Groups only.
             credit: most records that may wait here for the reader.
             credit_bytes: most bytes of them. At least twice the largest record, or that one never comes.
         """
         request = oona_pb2.Subscribe(
-            subscription_id=next(self._subscription_ids), kind=kind, run_ids=run_ids, group=group, start=start
+            subscription_id=next(self._subscription_ids),
+            kind=kind,
+            run_ids=run_ids,
+            group=group,
+            start=start,
+            redelivery=redelivery,
         )
         if end_offset is not None:
             request.end_offset = end_offset
         if ack_deadline is not None:
             request.ack_deadline.FromTimedelta(ack_deadline)
         return Subscription(self, request, FlowControl(credit, credit_bytes))
-
-    async def topics(self) -> list[oona_pb2.Topic]:
-        """The topics, one a kind. Raises :class:`CallFailedError`."""
-        return await self._calls.topics()
-
-    async def describe(self, kind: event_pb2.Kind.ValueType) -> oona_pb2.DescribeTopicResponse:
-        """One topic, with its groups and their lag. Raises :class:`CallFailedError`."""
-        return await self._calls.describe(kind)
-
-    async def purge(self, kind: event_pb2.Kind.ValueType, before: int) -> int:
-        """Delete records below offset ``before``, as far as they fill whole batches.
-
-        Returns the first offset that is still there. Raises :class:`CallFailedError`.
-        """
-        return await self._calls.purge(kind, before)
 
     # What subscriptions call.
 
@@ -234,6 +276,7 @@ class OonaClient:
     def remove(self, subscription: Subscription) -> None:
         """Carry a subscription no longer."""
         self._subscriptions.pop(subscription.subscription_id, None)
+        self._left.set()
 
     # The stream.
 
@@ -255,7 +298,7 @@ class OonaClient:
             except grpc.aio.AioRpcError as error:
                 if error.code() not in RETRYABLE:
                     raise StreamEndedError(error.code(), error.details() or "") from error
-                detail = f"{error.code().name}: {error.details()}"
+                detail = f"{error.code().name}: {explain(error.details() or '', self._credentials)}"
             except TimeoutError:
                 detail = "no answer"
             except StreamEndedWithoutStatusError as error:
@@ -265,22 +308,26 @@ class OonaClient:
             if was_connected or not announced:
                 _log.warning("server_unreachable", target=self._target, client_id=self._client_id, detail=detail)
                 announced = True
+            self._addresses.move_on()
             await asyncio.sleep(self._backoff.next_delay())
 
     async def _serve_a_stream(self) -> None:
         connection = await self._reconnect()
+        opened_s = asyncio.get_running_loop().time()
         sender = asyncio.create_task(self._send_queued(connection))
         try:
             async for response in connection.responses():
                 self._dispatch(response)
         finally:
+            if asyncio.get_running_loop().time() > opened_s + _STEADY_S:
+                self._backoff.reset()
             sender.cancel()
             await asyncio.wait([sender])
             await connection.close()
 
     async def _reconnect(self) -> Connection:
         """Open a stream and make it carry on where the last one broke off."""
-        connection = await Connection.open(self._target, self._client_id, self._token, self._credentials)
+        connection = await Connection.open(self._target, self._client_id, self._credentials)
         try:
             # Unconfirmed frames go out again, with the same sequences.
             lost = self._window.resume(connection.opened.next_sequence)
@@ -290,7 +337,6 @@ class OonaClient:
         if lost:
             _log.error("server_lost_confirmed_events", target=self._target, client_id=self._client_id, events=lost)
         self._outbox.clear()
-        self._backoff.reset()
         self._max_frame_bytes = connection.opened.max_frame_bytes
         self._connected.set()
         # Subscriptions go on behind the last record that came, with their credit granted again.
@@ -302,9 +348,26 @@ class OonaClient:
 
     def _send_subscription(self, subscription: Subscription) -> None:
         subscribe, *grant = subscription.requests()
-        self.send(subscribe, subscription.on_subscribed)
+        self.send(subscribe, partial(self._on_subscribed, subscription))
         for request in grant:
             self.send(request)
+
+    def _on_subscribed(self, subscription: Subscription, answer: oona_pb2.StreamResponse | None) -> None:
+        if answer is None or not subscription.stands or answer.rejected.reason not in RETRYABLE_REJECTIONS:
+            subscription.on_subscribed(answer)
+            return
+        # It stood before the stream broke: whoever reads it need not hear that the server is not ready for it yet.
+        error = rejection(answer.rejected)
+        _log.warning("subscription_waits", target=self._target, client_id=self._client_id, detail=error.message)
+        delay = self._backoff.next_delay(error.retry_after_s or 0.0)
+        number = subscription.subscription_id
+        loop = asyncio.get_running_loop()
+        self._hold_subscribing[number] = loop.call_later(delay, self._subscribe_again, number)
+
+    def _subscribe_again(self, subscription_id: int) -> None:
+        self._hold_subscribing.pop(subscription_id)
+        if (subscription := self._subscriptions.get(subscription_id)) is not None:
+            self._send_subscription(subscription)
 
     async def _send_queued(self, connection: Connection) -> None:
         while True:
@@ -331,9 +394,11 @@ class OonaClient:
             case "delivery":
                 if subscription := self._subscriptions.get(response.delivery.subscription_id):
                     subscription.on_delivery(response.delivery.records)
+                    self._backoff.reset()
             case "published":
                 self._window.confirm(response.request_id, response.published)
                 self._last_refusal = None
+                self._backoff.reset()
                 self._room.set()
             case "progress":
                 if subscription := self._subscriptions.get(response.progress.subscription_id):
@@ -352,13 +417,13 @@ class OonaClient:
 
     def _on_publish_rejected(self, request_id: int, rejected: oona_pb2.Rejected) -> None:
         error = rejection(rejected)
-        if isinstance(error, StorageError):
+        if error.reason in RETRYABLE_REJECTIONS:
             # Everything behind it leaves a gap now and is refused as well: all of it goes out again, later.
             if self._last_refusal is None:
                 _log.warning("server_cannot_store", target=self._target, detail=error.message)
             self._last_refusal = error
             self._window.rewind()
-            delay = self._backoff.next_delay()
+            delay = self._backoff.next_delay(error.retry_after_s or 0.0)
             self._hold_publishing = asyncio.get_running_loop().call_later(delay, self._publish_again)
         else:
             self._window.refuse(request_id, error)
@@ -375,6 +440,9 @@ class OonaClient:
         if self._hold_publishing is not None:
             self._hold_publishing.cancel()
             self._hold_publishing = None
+        for timer in self._hold_subscribing.values():
+            timer.cancel()
+        self._hold_subscribing.clear()
         answers, self._answers = self._answers, {}
         for answer in answers.values():
             answer(None)
@@ -391,5 +459,6 @@ class OonaClient:
         for subscription in list(self._subscriptions.values()):
             subscription.fail(error)
         self._subscriptions.clear()
+        self._left.set()
         self._room.set()
         self._connected.set()

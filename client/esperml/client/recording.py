@@ -1,7 +1,8 @@
 """Recordings: events in an MCAP file that any MCAP reader can decode, because the schema lies inside.
 
 One topic a kind (``/esperml/telemetry`` and so on), each message an ``esperml.v1.Event``, in chunks compressed with
-zstd. A file that was cut off gives back its whole chunks.
+zstd. A file that was cut off gives back its whole chunks, which are small; what is recorded live is written out every
+second besides.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ from esperml.contract import KINDS, kind_name, parse_kind
 from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
     from types import TracebackType
 
     from esperml.client.oona import OonaClient
 
+    _Write = Callable[[event_pb2.Kind.ValueType, event_pb2.Record], None]
+
 TOPIC_PREFIX: Final = "/esperml/"
-# Small chunks: what a crash costs is the chunk that was being filled.
-_CHUNK_BYTES: Final = 256 * 2**10
+# Small chunks: what a crash or a cut costs is one of them, and it cannot be unpacked in part.
+_CHUNK_BYTES: Final = 64 * 2**10
+# How often a live recording is written out, in s.
+_FLUSH_INTERVAL_S: Final = 1.0
 # What the MCAP reader raises where a file breaks off or holds garbage: in texts, in lengths (which it then tries to
 # allocate), in the numbers of channels, in compressed data.
 _CUT_OFF: Final = (
@@ -136,6 +141,10 @@ class Recorder:
         )
         self._counts[kind] += 1
 
+    def flush(self) -> None:
+        """Hand what was written so far to the operating system: the process may be killed now and it can be read."""
+        self._writer.flush()  # type: ignore[no-untyped-call]
+
     def close(self) -> None:
         """Finish the file. Further calls do nothing."""
         if not self._file.closed:
@@ -145,8 +154,12 @@ class Recorder:
                 self._file.close()
 
 
-def read(path: Path | str) -> Iterator[Recorded]:
+def read(path: Path | str, *, kinds: Container[event_pb2.Kind.ValueType] = KINDS) -> Iterator[Recorded]:
     """Events of a recording in the order in which they were written.
+
+    Args:
+        path: the file.
+        kinds: only events of these.
 
     Raises (while iterating):
         TruncatedRecordingError: the end is missing or damaged; everything that is whole was given back before.
@@ -160,25 +173,24 @@ def read(path: Path | str) -> Iterator[Recorded]:
             raise NotARecordingError(path, "the file is empty")
         file.seek(0)
         schemas: dict[int, Schema] = {}
-        kinds: dict[int, event_pb2.Kind.ValueType] = {}
+        channels: dict[int, event_pb2.Kind.ValueType] = {}
         try:
             for record in StreamReader(file, validate_crcs=True).records:
                 match record:
                     case Schema():
                         schemas[record.id] = record
                     case Channel():
-                        kinds[record.id] = _kind_of(path, record, schemas)
+                        channels[record.id] = _kind_of(path, record, schemas)
                     case Message():
-                        yield Recorded(
-                            kinds[record.channel_id], event_pb2.Event.FromString(record.data), record.log_time
-                        )
                         whole += 1
+                        if (kind := channels[record.channel_id]) in kinds:
+                            yield Recorded(kind, event_pb2.Event.FromString(record.data), record.log_time)
         except InvalidMagic as error:
             if whole:
                 raise TruncatedRecordingError(path, whole) from error
             raise NotARecordingError(path, "is not an MCAP file") from error
         except DecodeError as error:
-            raise NotARecordingError(path, f"event {whole} cannot be decoded") from error
+            raise NotARecordingError(path, f"event {whole - 1} cannot be decoded") from error
         except _CUT_OFF as error:
             raise TruncatedRecordingError(path, whole) from error
 
@@ -211,10 +223,12 @@ async def record(
     run_ids: Iterable[str] = (),
     start: oona_pb2.StartAt | None = None,
     until: asyncio.Event | None = None,
+    on_event: Callable[[event_pb2.Kind.ValueType, event_pb2.Event], None] | None = None,
 ) -> RecordingInfo:
     """Record from the bus into a file until told to stop.
 
-    When told to stop it still records everything that was stored before.
+    When told to stop it still records everything that was stored before. What was recorded more than a second ago is
+    in the file, and can be read there, even if this process is killed.
 
     Args:
         oona: the client to read with.
@@ -224,6 +238,7 @@ async def record(
         start: where to start in each log. None: what is stored from now on.
         until: set when enough is recorded. None: what is stored now is recorded, from the earliest unless ``start``
             says otherwise.
+        on_event: called with each event that was recorded.
 
     Returns:
         What was recorded.
@@ -236,34 +251,58 @@ async def record(
         start = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
     run_ids = list(run_ids)
     with Recorder(path) as recorder:
-        try:
+        recorder.flush()
+
+        def write(kind: event_pb2.Kind.ValueType, record: event_pb2.Record) -> None:
+            recorder.write(kind, record.event, log_time_ns=record.append_time.ToNanoseconds())
+            if on_event is not None:
+                on_event(kind, record.event)
+
+        async def record_kinds() -> None:
             async with asyncio.TaskGroup() as tasks:
                 for kind in kinds:
-                    tasks.create_task(_record_kind(oona, recorder, kind, run_ids, start, until))
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
+                    tasks.create_task(_record_kind(oona, write, kind, run_ids, start, until))
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                flusher = tasks.create_task(_flush_regularly(recorder))
+                await record_kinds()
+                flusher.cancel()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
     return await asyncio.to_thread(describe, path)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+async def _flush_regularly(recorder: Recorder) -> None:
+    while True:
+        await asyncio.sleep(_FLUSH_INTERVAL_S)
+        recorder.flush()
 
 
 async def _record_kind(
     oona: OonaClient,
-    recorder: Recorder,
+    write: _Write,
     kind: event_pb2.Kind.ValueType,
     run_ids: list[str],
     start: oona_pb2.StartAt | None,
     until: asyncio.Event | None,
 ) -> None:
     if until is not None:
-        start = await _record_live(oona, recorder, kind, run_ids, start, until)
+        start = await _record_live(oona, write, kind, run_ids, start, until)
     end = (await oona.describe(kind)).topic.next_offset
     async with oona.subscribe(kind, run_ids=run_ids, start=start, end_offset=end) as subscription:
         async for record in subscription:
-            recorder.write(kind, record.event, log_time_ns=record.append_time.ToNanoseconds())
+            write(kind, record)
 
 
 async def _record_live(
     oona: OonaClient,
-    recorder: Recorder,
+    write: _Write,
     kind: event_pb2.Kind.ValueType,
     run_ids: list[str],
     start: oona_pb2.StartAt | None,
@@ -280,7 +319,7 @@ async def _record_live(
         stopper = asyncio.create_task(drain_when_told())
         try:
             async for record in subscription:
-                recorder.write(kind, record.event, log_time_ns=record.append_time.ToNanoseconds())
+                write(kind, record)
                 position = record.offset + 1
         finally:
             stopper.cancel()

@@ -8,6 +8,8 @@ from typing import Final
 
 import grpc
 
+from esperml.v1 import oona_pb2
+
 RETRYABLE: Final = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,  # Nobody listens, the connection broke, or the server shuts down.
@@ -18,6 +20,14 @@ RETRYABLE: Final = frozenset(
     }
 )
 """Status codes after which the client opens the stream again. All others need a person."""
+
+RETRYABLE_REJECTIONS: Final = frozenset(
+    {
+        oona_pb2.REJECT_REASON_STORAGE,  # The disk is full, or the cluster has no leader: nothing was stored.
+        oona_pb2.REJECT_REASON_RESOURCE_EXHAUSTED,  # Over a rate or a limit; the server may say when to come back.
+    }
+)
+"""Reasons after which the client makes the same request again on the same stream. All others concern the request."""
 
 
 @dataclass(slots=True)
@@ -31,11 +41,11 @@ class Backoff:
     longest_s: float = 5.0
     _failures: int = 0
 
-    def next_delay(self) -> float:
-        """Time to wait before the next try, in s."""
+    def next_delay(self, at_least_s: float = 0.0) -> float:
+        """Time to wait before the next try, in s: never less than ``at_least_s``, and up to a tenth more than that."""
         ceiling = min(self.longest_s, self.initial_s * 2.0**self._failures)
         self._failures = min(self._failures + 1, 64)
-        return ceiling * random.uniform(0.5, 1.0)
+        return max(ceiling * random.uniform(0.5, 1.0), at_least_s * random.uniform(1.0, 1.1))
 
     def reset(self) -> None:
         """Start from the shortest time again, after a success."""

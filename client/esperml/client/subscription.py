@@ -13,7 +13,7 @@ from esperml.contract import kind_name
 from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable
     from types import TracebackType
 
     from esperml.client.flow import FlowControl
@@ -113,7 +113,7 @@ class Subscription:
             await self._wait_for_records()
         return self._take()
 
-    async def batches(self) -> AsyncIterator[list[event_pb2.Record]]:
+    async def batches(self) -> AsyncGenerator[list[event_pb2.Record], None]:
         """Iterate over whatever has arrived, at least one record at a time: fewer awaits than record by record."""
         while True:
             try:
@@ -184,6 +184,11 @@ class Subscription:
         await closed.wait()
 
     # What the client calls as frames come.
+
+    @property
+    def stands(self) -> bool:
+        """Whether a server has taken the subscription, on this stream or an earlier one."""
+        return self._stands.is_set()
 
     def requests(self) -> list[oona_pb2.StreamRequest]:
         """What a new stream must be sent so that the subscription goes on where it was."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 
-from esperml.client.connection import metadata, open_channel
+from esperml.client.connection import open_channel
+from esperml.client.credentials import NO_CREDENTIALS, Credentials, explain
 from esperml.client.errors import EsperError
 from esperml.v1 import (
     decision_pb2,
@@ -65,12 +66,11 @@ class _Client:
         self,
         target: str,
         *,
-        token: str | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
         timeout_s: float = 10.0,
     ) -> None:
         self._channel = open_channel(target, credentials)
-        self._token = token
+        self._credentials = credentials
         self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Self:
@@ -87,10 +87,10 @@ class _Client:
 
     async def _call(self, method: Callable[..., Awaitable[_Response]], request: object) -> _Response:
         try:
-            return await method(request, timeout=self._timeout_s, metadata=metadata(self._token))
+            return await method(request, timeout=self._timeout_s, metadata=self._credentials.metadata())
         except grpc.aio.AioRpcError as error:
             kind = _ERRORS.get(error.code(), TamiyoError)
-            raise kind(error.code(), error.details() or "") from error
+            raise kind(error.code(), explain(error.details() or "", self._credentials)) from error
 
 
 class TamiyoClient(_Client):
@@ -98,22 +98,20 @@ class TamiyoClient(_Client):
 
     Args:
         target: address of the server, for example ``localhost:50051``.
-        token: bearer token, where the server asks for one.
-        credentials: for TLS. None: a plain connection.
+        credentials: token and TLS, where the server asks for them.
         timeout_s: longest time that a call may take, in s.
 
-    Every call raises :class:`TamiyoError` or one of its kinds.
+    Every call raises :class:`TamiyoError` or one of its kinds, or :class:`CredentialsError`, as making one does.
     """
 
     def __init__(
         self,
         target: str,
         *,
-        token: str | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
         timeout_s: float = 10.0,
     ) -> None:
-        super().__init__(target, token=token, credentials=credentials, timeout_s=timeout_s)
+        super().__init__(target, credentials=credentials, timeout_s=timeout_s)
         self._stub = tamiyo_pb2_grpc.TamiyoStub(self._channel)
 
     async def decide(
@@ -156,11 +154,10 @@ class RunsClient(_Client):
         self,
         target: str,
         *,
-        token: str | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
         timeout_s: float = 10.0,
     ) -> None:
-        super().__init__(target, token=token, credentials=credentials, timeout_s=timeout_s)
+        super().__init__(target, credentials=credentials, timeout_s=timeout_s)
         self._stub = runs_pb2_grpc.RunsStub(self._channel)
 
     async def runs(self) -> list[runs_pb2.Run]:

@@ -64,6 +64,11 @@ class ResendWindow:
         """Whether a publisher must wait. One frame always fits, however large."""
         return self._bytes >= self._max_bytes
 
+    @property
+    def next_sequence(self) -> int:
+        """Sequence of the next event to be sent. 0 before a server has said it."""
+        return self._next_sequence
+
     def add(self, request: oona_pb2.StreamRequest) -> Unconfirmed:
         """Take in a publish request and return what stands for it. Needs a running event loop."""
         future: asyncio.Future[oona_pb2.Published] = asyncio.get_running_loop().create_future()

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import grpc
 import structlog
 
-from esperml.client.errors import FrameTooLargeError, OonaError, RejectedError
+from esperml.client.credentials import NO_CREDENTIALS, Credentials
+from esperml.client.errors import (
+    CredentialsError,
+    ForbiddenError,
+    FrameTooLargeError,
+    OonaError,
+    RejectedError,
+    StreamEndedError,
+)
 from esperml.client.oona import OonaClient
-from esperml.client.subscription import Subscription
 from esperml.contract import kind_name
 from esperml.kasmina.link import LinkStatistics
 from esperml.v1 import decision_pb2, event_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from esperml.kasmina.link import Kind
+
+    # Where it stands among all that was published, what it is, and itself.
+    _Entry: TypeAlias = "tuple[int, Kind, event_pb2.Event]"
 
 _log = structlog.get_logger(__name__)
 
@@ -34,6 +48,7 @@ _FRAME_EVENTS: Final = 64
 _FRAME_INTERVAL_S: Final = 0.1
 _UNREACHED_TIMEOUT_S: Final = 1.0
 _SETTLE_S: Final = 0.02
+_REFUSED_RETRY_S: Final = 10.0
 
 
 class GrpcLink:
@@ -41,21 +56,23 @@ class GrpcLink:
 
     Making one neither waits nor fails: a server that is not there yet, or goes away, is waited for in the background
     while what is to be sent queues up to a bound. The run's commands are subscribed to before anything is sent, so
-    that none is missed.
+    that none is missed. A server that refuses the token, or what the token is used for, is told of once in the log
+    and asked again every 10 s: tokens are renewed, and rights are changed, while runs go on.
 
     Args:
         target: address of the server, for example ``localhost:50051``.
         run_id: the run whose commands to read.
-        token: bearer token, where the server asks for one.
+        credentials: token and TLS, where the server asks for them.
     """
 
-    def __init__(self, target: str, run_id: str, *, token: str | None = None) -> None:
+    def __init__(self, target: str, run_id: str, *, credentials: Credentials = NO_CREDENTIALS) -> None:
         self._target = target
         self._run_id = run_id
-        self._token = token
+        self._credentials = credentials
+        self._told: set[str] = set()
         self._lock = threading.Lock()
-        self._reports: deque[tuple[int, Kind, event_pb2.Event]] = deque()
-        self._others: deque[tuple[int, Kind, event_pb2.Event]] = deque()
+        self._reports: deque[_Entry] = deque()
+        self._others: deque[_Entry] = deque()
         self._published = 0
         self._reports_dropped = 0
         self._others_dropped = 0
@@ -152,28 +169,67 @@ class GrpcLink:
         if self._cancelled:  # Before there was anything to cancel.
             return
         client_id = f"session-{uuid.uuid4().hex}"
-        async with OonaClient(self._target, client_id=client_id, token=self._token) as oona:
-            self._oona = oona
-            async with oona.subscribe(event_pb2.KIND_COMMANDS, run_ids=[self._run_id]) as subscription:
-                await _first_of(self._send(oona), self._read(subscription))
+        while await self._is_refused(client_id) and not await self._closes_within(_REFUSED_RETRY_S):
+            pass
         # gRPC hands late events of a closed stream to its loop through any other loop of the process, which complains
         # aloud where that loop is gone.
         await asyncio.sleep(_SETTLE_S)
 
-    async def _read(self, subscription: Subscription) -> None:
-        async for record in subscription:
-            self._commands.append(record.event.command)
+    async def _is_refused(self, client_id: str) -> bool:
+        """Serve until told to close. True where the server did not take the token, which may change."""
+        try:
+            await self._serve(client_id)
+        except CredentialsError as error:
+            self._tell_once("credentials_unusable", str(error))
+        except StreamEndedError as error:
+            if error.code is not grpc.StatusCode.UNAUTHENTICATED:
+                raise
+            self._tell_once("token_refused", error.detail)
+        else:
+            return False
+        return True
 
-    async def _send(self, oona: OonaClient) -> None:
+    async def _serve(self, client_id: str) -> None:
+        """Send and read until told to close. Raises :class:`OonaError` where the server will have none of it."""
+        asked = asyncio.Event()
+        async with OonaClient(self._target, client_id=client_id, credentials=self._credentials) as oona:
+            self._oona = oona
+            try:
+                await _first_of(self._send(oona, asked), self._read(oona, asked))
+            finally:
+                self._oona = None
+
+    async def _read(self, oona: OonaClient, asked: asyncio.Event) -> None:
+        """Read the run's commands, once the server allows it; ``asked`` is set as soon as it has been asked."""
         while True:
-            kind, events = self._take()
-            if events:
-                self._in_flight = len(events)
+            try:
+                async with oona.subscribe(event_pb2.KIND_COMMANDS, run_ids=[self._run_id]) as subscription:
+                    asked.set()
+                    async for record in subscription:
+                        self._commands.append(record.event.command)
+            except ForbiddenError as error:
+                self._tell_once("commands_forbidden", error.message)
+                asked.set()
+                await asyncio.sleep(_REFUSED_RETRY_S)
+
+    async def _send(self, oona: OonaClient, asked: asyncio.Event) -> None:
+        await asked.wait()
+        while True:
+            kind, entries = self._take()
+            if entries:
+                self._in_flight = len(entries)
                 try:
-                    await oona.publish(kind, events)
+                    await oona.publish(kind, [event for _, _, event in entries])
+                except ForbiddenError as error:
+                    self._tell_once(f"{kind_name(kind)}_forbidden", error.message)
+                    self._drop(kind, len(entries))
                 except (RejectedError, FrameTooLargeError) as error:
-                    _log.warning("events_refused", kind=kind_name(kind), events=len(events), error=str(error))
-                self._in_flight = 0
+                    _log.warning("events_refused", kind=kind_name(kind), events=len(entries), error=str(error))
+                except (OonaError, asyncio.CancelledError):
+                    self._put_back(kind, entries)
+                    raise
+                finally:
+                    self._in_flight = 0
             elif self._closing:
                 return
             else:
@@ -196,7 +252,33 @@ class GrpcLink:
             await self._wake.wait()
             self._wake.clear()
 
-    def _take(self) -> tuple[Kind, list[event_pb2.Event]]:
+    async def _closes_within(self, seconds: float) -> bool:
+        """Wait, and no longer than until the link is closed. Whether it is."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._closing:
+                    self._wake.clear()
+                    await self._wake.wait()
+        return self._closing
+
+    def _tell_once(self, event: str, detail: str) -> None:
+        """Say in the log what keeps the link from its work, if it has not been said."""
+        if event not in self._told:
+            self._told.add(event)
+            _log.warning(event, target=self._target, run_id=self._run_id, detail=detail)
+
+    def _drop(self, kind: Kind, events: int) -> None:
+        if kind == event_pb2.KIND_TELEMETRY:
+            self._reports_dropped += events
+        else:
+            self._others_dropped += events
+
+    def _put_back(self, kind: Kind, entries: Sequence[_Entry]) -> None:
+        with self._lock:
+            queue = self._reports if kind == event_pb2.KIND_TELEMETRY else self._others
+            queue.extendleft(reversed(entries))
+
+    def _take(self) -> tuple[Kind, list[_Entry]]:
         """The oldest events of one kind, as many as follow each other and go into a frame."""
         with self._lock:
             queues = [queue for queue in (self._reports, self._others) if queue]
@@ -204,10 +286,10 @@ class GrpcLink:
                 return event_pb2.KIND_UNSPECIFIED, []
             queue = min(queues, key=lambda entries: entries[0][0])
             kind = queue[0][1]
-            events: list[event_pb2.Event] = []
-            while queue and queue[0][1] == kind and len(events) < _FRAME_EVENTS:
-                events.append(queue.popleft()[2])
-            return kind, events
+            entries: list[_Entry] = []
+            while queue and queue[0][1] == kind and len(entries) < _FRAME_EVENTS:
+                entries.append(queue.popleft())
+            return kind, entries
 
 
 async def _first_of(*works: Coroutine[Any, Any, None]) -> None:

@@ -13,6 +13,7 @@ import structlog
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esperml.client.credentials import Credentials
 from esperml.client.events import new_event
 from esperml.kasmina import stages
 from esperml.kasmina.clock import StepClock
@@ -59,7 +60,7 @@ def connect(
     labels: Mapping[str, str] | None = None,
     report_every: int = 50,
     evaluate_every: int | None = None,
-    token: str | None = None,
+    credentials: Credentials | None = None,
 ) -> Session:
     """Connect a training run to Tamiyo. Never waits, and never fails for a server that is not there.
 
@@ -79,9 +80,11 @@ def connect(
         report_every: optimizer steps from one report to the next.
         evaluate_every: optimizer steps from one evaluation to the next, a multiple of ``report_every``; by default
             each report has one.
-        token: bearer token, where the server asks for one.
+        credentials: token and TLS, where the server asks for them. Default: what ``ESPER_TOKEN``, ``ESPER_CA`` and the
+            like say; see :meth:`~esperml.client.Credentials.from_environment`.
 
     Raises:
+        CredentialsError: those variables do not go together.
         KasminaError: the model is not wrapped.
         ValueError: ``run``, ``mode``, ``report_every`` or ``evaluate_every`` is out of range.
     """
@@ -94,7 +97,11 @@ def connect(
     if evaluate_every is not None and (evaluate_every < 1 or evaluate_every % report_every):
         raise ValueError(f"evaluate_every must be a multiple of report_every ({report_every}), not {evaluate_every}")
     host_of(model)
-    link = GrpcLink(target, run, token=token) if isinstance(target, str) else target
+    if isinstance(target, str):
+        credentials = Credentials.from_environment() if credentials is None else credentials
+        link: Link = GrpcLink(target, run, credentials=credentials)
+    else:
+        link = target
     started = run_pb2.RunStarted(
         limits=limits,
         mode=_MODES[mode],

@@ -21,7 +21,12 @@ from esperml.settings.model import Settings
 
 ENVIRONMENT_PREFIX: Final = "ESPER_"
 CONFIG_VARIABLE: Final = "ESPER_CONFIG"
-NOT_SETTINGS: Final = frozenset({CONFIG_VARIABLE, "ESPER_TARGET", "ESPER_TOKEN"})
+NOT_SETTINGS: Final = frozenset(
+    {
+        CONFIG_VARIABLE,
+        *("ESPER_TARGET", "ESPER_TOKEN", "ESPER_TOKEN_FILE", "ESPER_TLS", "ESPER_CA", "ESPER_CERT", "ESPER_KEY"),
+    }
+)
 """Variables that say which file to read, or where and as whom a command connects."""
 DEFAULT_FILE: Final = Path("esper.toml")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from esperml.client.errors import TruncatedRecordingError
 from esperml.client.recording import describe
 from esperml.contract import kind_name
 from esperml.tamiyo import checkpoint
@@ -23,12 +24,17 @@ def recording_lines(path: Path) -> Iterator[str]:
     Raises:
         DatasetError: there is no recording, or its experience breaks the contract.
         NotARecordingError: a file is no recording.
+        TruncatedRecordingError: the file is cut off before its first whole event.
     """
     for file in recordings([path]):
         info = describe(file)
+        if info.truncated and file == path and not info.counts:
+            raise TruncatedRecordingError(file, 0)
         yield f"{file}{' (cut short)' if info.truncated else ''}"
         counts = ", ".join(f"{count} {kind_name(kind)}" for kind, count in sorted(info.counts.items()))
         yield f"  events   {counts or 'none'}"
+        if info.truncated:
+            yield "  missing  the end of the file; what it held after these events is lost"
         runs = list(info.runs)
         more = f" and {len(runs) - _SHOWN_RUNS} more" if len(runs) > _SHOWN_RUNS else ""
         yield f"  runs     {len(runs)}: {', '.join(runs[:_SHOWN_RUNS])}{more}"
