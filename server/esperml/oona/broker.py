@@ -10,6 +10,7 @@ from esperml.oona.log import Appended, GroupProgress, LogUnavailableError
 from esperml.oona.members import MemberReader, SharedGroup
 from esperml.oona.ranges import RangeSet
 from esperml.oona.rejection import RequestRejectedError, invalid
+from esperml.oona.retention import limits_of, retention
 from esperml.oona.subscriptions import PrivateReader, Subscription
 from esperml.oona.topic import Topic
 from esperml.oona.validation import ack_deadline_s, check_kind, check_publish, check_subscribe, time_ns
@@ -106,7 +107,13 @@ class Broker:
         """The extent of one log. Raises :class:`RequestRejectedError` for what is no kind."""
         check_kind("kind", kind)
         bounds = self._topics[kind].bounds
-        return oona_pb2.Topic(kind=kind, earliest_offset=bounds.earliest, next_offset=bounds.next, bytes=bounds.bytes)
+        return oona_pb2.Topic(
+            kind=kind,
+            earliest_offset=bounds.earliest,
+            next_offset=bounds.next,
+            bytes=bounds.bytes,
+            retention=retention(limits_of(self.settings.retention, kind)),
+        )
 
     def groups(self, kind: event_pb2.Kind.ValueType) -> list[oona_pb2.Group]:
         """The groups of one log, by name. Raises :class:`RequestRejectedError` for what is no kind."""

@@ -274,8 +274,10 @@ class Log(Protocol):
     async def purge(self, kind: int, before: int) -> int:
         """Delete the frames that lie below offset ``before`` as a whole. Returns the earliest offset then.
 
+        It may go in steps, between which others are served.
+
         Raises:
-            LogUnavailableError: nothing was deleted.
+            LogUnavailableError: not all of them were deleted.
         """
         ...
 

@@ -36,12 +36,15 @@ from esperml.oona.log import (
     TopicBounds,
 )
 from esperml.oona.ranges import RangeSet
-from esperml.oona.sqlite_letters import letter_offsets, read_letters, store_letters
+from esperml.oona.sqlite_letters import letter_offsets, read_letters
 from esperml.oona.sqlite_schema import create_or_check_schema
+from esperml.oona.sqlite_transaction import Transaction, oldest_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from esperml.oona.retention import FrameExtent
 
 # What one transaction may take in, so that the first in it does not wait for ever for the last.
 _MAX_TRANSACTION_REQUESTS: Final = 1024
@@ -64,7 +67,7 @@ _T = TypeVar("_T")
 class _Request:
     """One thing for the writer thread to do, and the future that waits for it on ``loop``."""
 
-    work: Callable[[_Transaction], object]
+    work: Callable[[Transaction], object]
     size: int
     future: asyncio.Future[object]
     loop: asyncio.AbstractEventLoop
@@ -81,85 +84,6 @@ class _Request:
             self.future.exception()
         else:
             self.future.set_result(self.outcome)
-
-
-class _Transaction:
-    """State of the log as one open transaction sees it; becomes the log's state when the transaction commits."""
-
-    def __init__(self, connection: sqlite3.Connection, bounds: Mapping[int, TopicBounds], last_time_ns: int) -> None:
-        self.connection = connection
-        self.bounds = dict(bounds)
-        self.append_time_ns = max(time.time_ns(), last_time_ns)
-        self.sequences: dict[str, int] = {}
-        self.groups: dict[tuple[int, str], GroupProgress] = {}
-        self.letters: dict[tuple[int, str], dict[int, DeadLetter | None]] = {}
-
-    def last_sequence(self, client_id: str) -> int:
-        if client_id not in self.sequences:
-            row = self.connection.execute(
-                "SELECT last_sequence FROM publishers WHERE client_id = ?", (client_id,)
-            ).fetchone()
-            self.sequences[client_id] = row[0] if row else 0
-        return self.sequences[client_id]
-
-    def append(self, kind: int, client_id: str, first_sequence: int, events: EncodedEvents) -> Appended:
-        last = self.last_sequence(client_id)
-        if first_sequence > last + 1:
-            raise SequenceGapError(last + 1, first_sequence)
-        bounds = self.bounds.get(kind, TopicBounds())
-        duplicates = min(last + 1 - first_sequence, len(events))
-        count = len(events) - duplicates
-        if count:
-            batch = events.batch(skip=duplicates)
-            self.connection.execute(
-                "INSERT INTO frames (kind, first_offset, count, append_time_ns, crc32, batch) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (kind, bounds.next, count, self.append_time_ns, zlib.crc32(batch), batch),
-            )
-            self.sequences[client_id] = last + count
-            self.bounds[kind] = TopicBounds(bounds.earliest, bounds.next + count, bounds.bytes + len(batch))
-        return Appended(bounds.next, count, duplicates, self.append_time_ns)
-
-    def purge(self, kind: int, before: int) -> int:
-        bounds = self.bounds.get(kind, TopicBounds())
-        where = "FROM frames WHERE kind = ? AND first_offset < ? AND first_offset + count <= ?"
-        values = (kind, before, before)
-        freed = self.connection.execute(f"SELECT coalesce(sum(length(batch)), 0) {where}", values).fetchone()[0]
-        self.connection.execute(f"DELETE {where}", values)
-        row = self.connection.execute("SELECT min(first_offset) FROM frames WHERE kind = ?", (kind,)).fetchone()
-        earliest = bounds.next if row[0] is None else row[0]
-        self.bounds[kind] = TopicBounds(earliest, bounds.next, bounds.bytes - freed)
-        return earliest
-
-    def save_group(
-        self, kind: int, group: str, progress: GroupProgress, letters: Mapping[int, DeadLetter | None]
-    ) -> None:
-        self.groups[kind, group] = progress
-        if letters:
-            self.letters.setdefault((kind, group), {}).update(letters)
-
-    def write_summary(self, before: Mapping[int, TopicBounds]) -> None:
-        """Write what changed beside the frames: each row once, however many requests changed it."""
-        self.connection.executemany(
-            "INSERT INTO topics (kind, earliest, next_offset, bytes) VALUES (?, ?, ?, ?) ON CONFLICT (kind) DO UPDATE "
-            "SET earliest = excluded.earliest, next_offset = excluded.next_offset, bytes = excluded.bytes",
-            [(kind, b.earliest, b.next, b.bytes) for kind, b in self.bounds.items() if before.get(kind) != b],
-        )
-        self.connection.executemany(
-            "INSERT INTO publishers (client_id, last_sequence) VALUES (?, ?) ON CONFLICT (client_id) DO UPDATE "
-            "SET last_sequence = excluded.last_sequence WHERE last_sequence < excluded.last_sequence",
-            [item for item in self.sequences.items() if item[1]],
-        )
-        self.connection.executemany(
-            "INSERT INTO groups (kind, name, committed, done, attempts) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT (kind, name) DO UPDATE "
-            "SET committed = excluded.committed, done = excluded.done, attempts = excluded.attempts",
-            [
-                (kind, name, p.committed, json.dumps(list(p.done)), json.dumps(list(p.attempts)))
-                for (kind, name), p in self.groups.items()
-            ],
-        )
-        store_letters(self.connection, self.letters)
 
 
 class SqliteLog:
@@ -274,8 +198,21 @@ class SqliteLog:
         return await self._in_reader(lambda: read_letters(self._read_connection, kind, group, first, limit))
 
     async def purge(self, kind: int, before: int) -> int:
-        """Delete the frames that lie below offset ``before`` as a whole. Returns the earliest offset then."""
-        return await self._ask(lambda transaction: transaction.purge(kind, before))
+        """Delete the frames that lie below offset ``before`` as a whole. Returns the earliest offset then.
+
+        It goes in small transactions, and leaves as much time between them as they take: whoever publishes meanwhile
+        waits for one of them at most.
+        """
+        while True:
+            began_s = time.monotonic()
+            earliest, is_all = await self._ask(lambda transaction: transaction.purge(kind, before))
+            if is_all:
+                return earliest
+            await asyncio.sleep(time.monotonic() - began_s)
+
+    async def oldest(self, kind: int, count: int) -> list[FrameExtent]:
+        """The first frames of a log, at most ``count``, in order."""
+        return await self._in_reader(lambda: oldest_frames(self._read_connection, kind, count))
 
     async def read(self, kind: int, offset: int, max_bytes: int) -> list[StoredFrame]:
         """Frames from the one that holds ``offset``, or the next that is there, in order."""
@@ -300,7 +237,7 @@ class SqliteLog:
 
     # Inside: the event loop's side.
 
-    def _ask(self, work: Callable[[_Transaction], _T], size: int = 0) -> asyncio.Future[_T]:
+    def _ask(self, work: Callable[[Transaction], _T], size: int = 0) -> asyncio.Future[_T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_T] = loop.create_future()
         if self._closed:
@@ -327,7 +264,7 @@ class SqliteLog:
             requests, going_on = self._gather()
             if not requests:
                 continue
-            transaction = _Transaction(self._connection, bounds, self._last_time_ns)
+            transaction = Transaction(self._connection, bounds, self._last_time_ns)
             committed = self._commit(transaction, requests)
             if committed:
                 bounds = transaction.bounds
@@ -355,7 +292,7 @@ class SqliteLog:
             size += request.size
         return requests, True
 
-    def _commit(self, transaction: _Transaction, requests: list[_Request]) -> bool:
+    def _commit(self, transaction: Transaction, requests: list[_Request]) -> bool:
         """Do the requests in one transaction; False, with every request failed, where it cannot be stored."""
         try:
             before = transaction.bounds.copy()

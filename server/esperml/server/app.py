@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from esperml.oona import Broker, OonaService, SqliteLog, add_to_server, server_options
+from esperml.oona.retention import Retention
 from esperml.settings import Settings
 from esperml.tamiyo.controller import Controller
 from esperml.tamiyo.loop import TamiyoLoop
@@ -97,6 +98,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
             durability=settings.oona.durability,
         )
         stack.push_async_callback(log.close)
+        await stack.enter_async_context(Retention(log, settings.oona.retention).running())
         oona = OonaService(Broker(log, settings.oona))
         controller = Controller(policies, settings.tamiyo)
         loop = TamiyoLoop(controller)
