@@ -24,14 +24,15 @@ from esperml.oona import Broker, SqliteLog
 from esperml.oona.log import SequenceGapError
 from esperml.oona.members import MemberReader
 from esperml.oona.rejection import RequestRejectedError
-from esperml.settings import OonaSettings
+from esperml.settings import OonaSettings, RedeliverySettings
 from esperml.v1 import event_pb2, oona_pb2, run_pb2
 
 KIND = event_pb2.KIND_EVENTS
 RUNS = ("run-a", "run-b", "run-c")
 PUBLISHERS = ("p", "q")
 # So long that no deadline passes within a test; deadlines have tests of their own, with a clock of their own.
-SETTINGS = OonaSettings(ack_deadline_s=3600, delivery_records=3)
+REDELIVERY = RedeliverySettings(max_attempts=1000, min_delay_s=0, max_delay_s=0)
+SETTINGS = OonaSettings(ack_deadline_s=3600, delivery_records=3, redelivery=REDELIVERY)
 
 
 class Reader:
@@ -48,7 +49,9 @@ class Reader:
         self.owned: set[str] = set()
         self.credit = 0
 
-    async def emit(self, response: oona_pb2.StreamResponse) -> None:
+    async def emit(self, response: oona_pb2.StreamResponse | bytes) -> None:
+        if isinstance(response, bytes):
+            response = oona_pb2.StreamResponse.FromString(response)
         self.records += response.delivery.records
         if response.HasField("closed"):
             self.closed = response.closed

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from esperml.oona.admission import Admission, Doors
 from esperml.oona.rejection import RequestRejectedError
 from esperml.oona.stream import ClientStream, StreamEndedError
 from esperml.v1 import event_pb2, oona_pb2
@@ -47,7 +48,7 @@ async def test_a_member_whose_client_reads_nothing_and_vanishes_while_joining_le
         await takes.wait()
         takes.clear()
 
-    stream = ClientStream(bus.broker, requests.get, write)
+    stream = ClientStream(bus.broker, Admission(Doors(bus.settings), None, "peer"), requests.get, write)
     requests.put_nowait(oona_pb2.StreamRequest(request_id=1, open=oona_pb2.Open(client_id="stuck")))
     # What fills the outbox, and then the one whose confirmation finds no room.
     for number in range(1, 5):
@@ -133,7 +134,7 @@ async def test_a_stream_that_has_been_replaced_stores_nothing_more(bus, make_eve
     async def write(_response: oona_pb2.StreamResponse) -> None:
         opened.set()
 
-    stream = ClientStream(bus.broker, requests.get, write)
+    stream = ClientStream(bus.broker, Admission(Doors(bus.settings), None, "peer"), requests.get, write)
     requests.put_nowait(oona_pb2.StreamRequest(request_id=1, open=oona_pb2.Open(client_id="twice")))
     await stream.open()
     serving = asyncio.create_task(stream.serve())
@@ -207,6 +208,6 @@ async def test_clients_that_vanish_in_the_middle_of_a_delivery_are_no_errors(bus
 
     for first in range(0, 96, 16):
         await asyncio.gather(*(read_a_little(first + number) for number in range(16)))
-    while bus.service._open:  # noqa: ASYNC110
+    while bus.service._doors.inside:  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert [entry.getMessage() for entry in caplog.records if entry.levelname == "ERROR"] == []

@@ -431,15 +431,16 @@ async def test_streams_over_the_limit_are_told_to_try_later(bus, open_stream):
         assert (code, detail) == (grpc.StatusCode.UNAVAILABLE, "1 streams are open, which is the limit")
 
 
-async def test_a_full_disk_rejects_publishing_and_recovers_after_a_purge(bus, open_stream, publish):
+async def test_a_full_log_rejects_publishing_and_recovers_after_a_purge(bus, open_stream, publish):
     await bus.stop()
     await bus.start(max_log_bytes=200_000)
     async with open_stream(bus.target) as stream:
         sequence = 1
         while (answer := await stream.answer(publish=publish(sequence, 100))).HasField("published"):
             sequence += 100
-        assert answer.rejected.reason == oona_pb2.REJECT_REASON_STORAGE
-        assert "full" in answer.rejected.message
+        assert answer.rejected.reason == oona_pb2.REJECT_REASON_RESOURCE_EXHAUSTED
+        assert answer.rejected.message == "oona.sqlite: is full: the limit is 200000 bytes; purge, or raise it"
+        assert answer.rejected.retry_after.seconds > 0
         async with grpc.aio.insecure_channel(bus.target) as channel:
             request = oona_pb2.PurgeTopicRequest(kind=EVENTS, before_offset=sequence // 2)
             earliest = (await oona_pb2_grpc.OonaStub(channel).PurgeTopic(request)).earliest_offset

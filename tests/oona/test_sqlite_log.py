@@ -126,7 +126,8 @@ async def test_a_damaged_file_is_read_right_or_refused(path, make_event, positio
         return
     try:
         frames = [decode(EVENTS, stored) for stored in await log.read(EVENTS, 0, 10**9)]
-        assert [event.run_ended.error for frame in frames for event in frame.events] == ["x" * 100] * 200
+        events = [event_pb2.Event.FromString(event) for frame in frames for event in frame.events(frame.first_offset)]
+        assert [event.run_ended.error for event in events] == ["x" * 100] * 200
     except LogDamagedError:
         pass
     finally:

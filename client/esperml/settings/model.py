@@ -90,6 +90,16 @@ class JetStreamSettings(Section):
     )
 
 
+class RedeliverySettings(Section):
+    """What becomes of records that a member of a group gave back, or held for too long, unless it asks otherwise."""
+
+    max_attempts: int = Field(10, ge=1, le=1000, description="Deliveries of a record before it becomes a dead letter.")
+    min_delay_s: float = Field(
+        0.1, ge=0, le=86_400, description="Time before the second delivery, in s; each further time twice as long."
+    )
+    max_delay_s: float = Field(60.0, ge=0, le=86_400, description="Longest time before a delivery, in s.")
+
+
 class OonaSettings(Section):
     """The bus."""
 
@@ -126,6 +136,7 @@ class OonaSettings(Section):
     )
     cache_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of recent frames kept decoded for readers.")
     retention: RetentionSettings = RetentionSettings()
+    redelivery: RedeliverySettings = RedeliverySettings()
     jetstream: JetStreamSettings = JetStreamSettings()
 
 

@@ -6,18 +6,28 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from esperml.contract import KINDS, kind_name
-from esperml.oona.log import Appended, GroupProgress, LogUnavailableError
+from esperml.oona.log import Appended, GroupProgress, LogError, LogUnavailableError
 from esperml.oona.members import MemberReader, SharedGroup
 from esperml.oona.ranges import RangeSet
-from esperml.oona.rejection import RequestRejectedError, invalid
+from esperml.oona.rejection import RequestRejectedError, from_log_error, invalid
 from esperml.oona.retention import limits_of, retention
 from esperml.oona.subscriptions import PrivateReader, Subscription
 from esperml.oona.topic import Topic
-from esperml.oona.validation import ack_deadline_s, check_kind, check_publish, check_subscribe, time_ns
+from esperml.oona.validation import (
+    ack_deadline_s,
+    check_group,
+    check_kind,
+    check_publish,
+    check_subscribe,
+    redelivery,
+    time_ns,
+)
 from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
-    from esperml.oona.log import Log
+    from collections.abc import Collection
+
+    from esperml.oona.log import DeadLetter, Log
     from esperml.oona.subscriptions import Emit
     from esperml.settings import OonaSettings
 
@@ -81,8 +91,10 @@ class Broker:
         confirmed.add_done_callback(lambda future: future.cancelled() or future.exception())
         return confirmed
 
-    async def subscribe(self, subscribe: oona_pb2.Subscribe, emit: Emit) -> Subscription:
+    async def subscribe(self, subscribe: oona_pb2.Subscribe, emit: Emit, reader: str = "") -> Subscription:
         """Make a subscription; its :meth:`Subscription.run` sends frames through ``emit``.
+
+        ``reader`` names who asks, by the name that it has when it comes again.
 
         Raises:
             RequestRejectedError: it cannot be had as asked.
@@ -90,7 +102,7 @@ class Broker:
         check_subscribe(subscribe)
         if subscribe.group:
             async with self._joining:
-                return await self._join(subscribe, emit)
+                return await self._join(subscribe, emit, reader)
         topic = self._topics[subscribe.kind]
         start = await self._start(subscribe, default=topic.bounds.next)
         return PrivateReader(
@@ -124,6 +136,7 @@ class Broker:
                 committed_offset=group.state.committed,
                 lag=end - group.state.committed,
                 members=len(group.state.members),
+                dead_letters=len(group.letters),
             )
             for (of_kind, name), group in sorted(self._groups.items())
             if of_kind == kind
@@ -143,6 +156,58 @@ class Broker:
             raise RequestRejectedError(oona_pb2.REJECT_REASON_STORAGE, str(error)) from error
         return earliest
 
+    async def dead_letters(
+        self, kind: event_pb2.Kind.ValueType, group: str, first: int, limit: int
+    ) -> tuple[list[DeadLetter], int | None]:
+        """Records that a group gave up on, from an offset on, and where the next page begins, or None at the end.
+
+        Raises:
+            RequestRejectedError: no such kind or group, or the log cannot be asked now.
+        """
+        letters = self._group(kind, group).letters
+        try:
+            return await letters.page(first, limit)
+        except LogError as error:
+            raise from_log_error(error) from error
+
+    async def replay_dead_letters(self, kind: event_pb2.Kind.ValueType, group: str, offsets: Collection[int]) -> int:
+        """Give dead letters (none named: all) back to their group. Returns how many.
+
+        Raises:
+            RequestRejectedError: no such kind or group, or the log cannot store now.
+        """
+        shared = self._group(kind, group)
+        try:
+            return await shared.letters.replay(offsets)
+        except LogError as error:
+            raise from_log_error(error) from error
+        finally:
+            shared.wake()
+
+    async def purge_dead_letters(self, kind: event_pb2.Kind.ValueType, group: str, offsets: Collection[int]) -> int:
+        """Delete dead letters (none named: all) of a group. Returns how many.
+
+        Raises:
+            RequestRejectedError: no such kind or group, or the log cannot store now.
+        """
+        letters = self._group(kind, group).letters
+        try:
+            return await letters.purge(offsets)
+        except LogError as error:
+            raise from_log_error(error) from error
+
+    def server_ends(self) -> None:
+        """Note that streams end from now on because the server does: no delivery under way counts as an attempt."""
+        for group in self._groups.values():
+            group.server_ends()
+
+    def _group(self, kind: event_pb2.Kind.ValueType, name: str) -> SharedGroup:
+        check_kind("kind", kind)
+        check_group("group", name)
+        if (group := self._groups.get((kind, name))) is None:
+            raise invalid("group", f"{kind_name(kind)} has no group {name!r}")
+        return group
+
     def _changed(self, kind: int) -> None:
         """The log of a kind is longer now, or its old records are gone."""
         topic = self._topics[kind]
@@ -152,8 +217,9 @@ class Broker:
                     group.purged(topic.bounds.earliest)
         topic.wake()
 
-    async def _join(self, subscribe: oona_pb2.Subscribe, emit: Emit) -> Subscription:
+    async def _join(self, subscribe: oona_pb2.Subscribe, emit: Emit, reader: str) -> Subscription:
         deadline_s = ack_deadline_s(subscribe, self.settings.ack_deadline_s)
+        again = redelivery(subscribe, self.settings.redelivery)
         run_ids = frozenset(subscribe.run_ids)
         key = (subscribe.kind, subscribe.group)
         topic = self._topics[subscribe.kind]
@@ -181,6 +247,8 @@ class Broker:
             group=group,
             run_ids=run_ids,
             ack_deadline_s=deadline_s,
+            redelivery=again,
+            name=reader,
         )
 
     async def _store_start(self, subscribe: oona_pb2.Subscribe, progress: GroupProgress) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(slots=True)
@@ -30,13 +35,31 @@ class Credit:
         else:
             self.unmetered += messages
 
-    def take(self, size: int) -> bool:
-        """Pay for one record of ``size`` bytes. Returns False, and takes nothing, where the credit does not suffice."""
-        if self.messages and size <= self.bytes:
-            self.messages -= 1
-            self.bytes -= size
-            return True
-        if self.unmetered:
-            self.unmetered -= 1
-            return True
-        return False
+    def take(self, sizes: Sequence[int], start: int, stop: int) -> int:
+        """Pay for as many records as the credit suffices for, in order.
+
+        Args:
+            sizes: bytes of all records before each, and, as the last, of all of them.
+            start: index of the first to be paid for.
+            stop: index after the last.
+
+        Returns:
+            Index after the last that was paid for; ``start`` where the credit does not suffice for one.
+        """
+        taken = start
+        while taken < stop:
+            if self.messages:
+                most = min(stop, taken + self.messages)
+                end = bisect_right(sizes, sizes[taken] + self.bytes, taken + 1, most + 1) - 1
+                if end > taken:
+                    self.messages -= end - taken
+                    self.bytes -= sizes[end] - sizes[taken]
+                    taken = end
+                    continue
+            if not self.unmetered:
+                break
+            # With metered credit left, the record after this one may be small enough for that.
+            count = 1 if self.messages else min(stop - taken, self.unmetered)
+            self.unmetered -= count
+            taken += count
+        return taken

@@ -3,48 +3,78 @@
 A run belongs to one member for as long as that lives, so that a member may keep state per run. Each member has its
 records waiting in the order of their offsets; a record that is delivered is leased until it is acknowledged, given
 back, or its deadline passes. A record that comes back takes the run's later records, which may have been delivered
-already, back with it: they wait behind it, and the run stays in order. Other runs go on.
+already, back with it: they wait behind it, and the run stays in order. It is delivered again after a delay; other runs
+go on. A record that came back for its own sake too often is given up, and its run goes on behind it.
+
+Everything is done by spans, runs of consecutive records of one run in one frame, which are cut only where they must be.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, NamedTuple
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from esperml.oona.attempts import Attempts
+from esperml.oona.leases import Leases, Span
 from esperml.oona.log import GroupProgress
+from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+# Runs whose owner is remembered while nothing of them is under way. A run that is forgotten goes, when it goes on, to
+# whoever holds fewest.
+_MAX_IDLE_RUNS: Final = 100_000
 
-class Waiting(NamedTuple):
-    """A record that is to be delivered.
+
+@dataclass(frozen=True, slots=True)
+class Redelivery:
+    """How a record that came back is delivered again.
 
     Attributes:
-        offset: its offset.
-        frame: first offset of the stored frame that holds it.
-        run_id: its run.
+        max_attempts: deliveries of a record before it is given up, the first included.
+        min_delay_s: time before the second, in s; each further time twice as long.
+        max_delay_s: longest time before a delivery, in s.
     """
 
-    offset: int
+    max_attempts: int
+    min_delay_s: float
+    max_delay_s: float
+
+    def delay_s(self, failures: int) -> float:
+        """Time before the next delivery of a record that came back ``failures`` times, in s."""
+        return min(self.max_delay_s, self.min_delay_s * 2.0 ** min(failures - 1, 64))
+
+
+class GivenUp(NamedTuple):
+    """A record that its group gave up on.
+
+    Attributes:
+        frame: first offset of the stored frame that holds it.
+        attempts: how often it was delivered.
+        reason: why.
+    """
+
     frame: int
-    run_id: str
+    attempts: int
+    reason: oona_pb2.DeadLetterReason.ValueType
 
 
 @dataclass(slots=True)
-class Lease:
-    """A record that was delivered and is not settled.
+class _Delayed:
+    """A run that waits behind a record that came back.
 
     Attributes:
-        record: the record.
-        deadline_s: when it comes back, on the caller's clock.
-        attempt: how often it was delivered, from 1.
+        until_s: when it goes on, on the caller's clock.
+        head: offset of the record.
+        spans: what waits of the run, the record included.
     """
 
-    record: Waiting
-    deadline_s: float
-    attempt: int
+    until_s: float
+    head: int
+    spans: list[Span]
 
 
 @dataclass(slots=True, eq=False)
@@ -53,20 +83,33 @@ class Member:
 
     Attributes:
         ack_deadline_s: time that it gets for a record, in s.
+        redelivery: what becomes of records that come back from it.
+        name: what it is called, also when it comes again. Empty: nothing.
         runs: the runs that it holds.
         waiting: a heap of what is to be delivered to it.
-        leases: what was delivered to it, by offset, the earliest deadline first.
+        delayed: what is to be delivered to it later, by run.
+        leases: what was delivered to it.
     """
 
     ack_deadline_s: float
+    redelivery: Redelivery
+    name: str = ""
     runs: set[str] = field(default_factory=set)
-    waiting: list[Waiting] = field(default_factory=list)
-    leases: dict[int, Lease] = field(default_factory=dict)
+    waiting: list[Span] = field(default_factory=list)
+    delayed: dict[str, _Delayed] = field(default_factory=dict)
+    leases: Leases = field(default_factory=Leases)
 
     @property
     def next_deadline_s(self) -> float | None:
-        """When the first of its leases runs out, on the caller's clock."""
-        return next((lease.deadline_s for lease in self.leases.values()), None)
+        """When the first of its leases runs out or of its delays ends, on the caller's clock."""
+        times = [delayed.until_s for delayed in self.delayed.values()]
+        if (deadline_s := self.leases.next_deadline_s) is not None:
+            times.append(deadline_s)
+        return min(times, default=None)
+
+    def outstanding(self) -> list[Span]:
+        """Everything that waits for it."""
+        return self.waiting + [span for delayed in self.delayed.values() for span in delayed.spans]
 
 
 class Group:
@@ -77,19 +120,25 @@ class Group:
 
     Attributes:
         members: who is there, in the order of their joining.
+        claims: names of the members to which runs are to go that nobody holds, by run. Each goes there once.
         cursor: offset of the next record to be routed.
+        given_up: records that the group gave up on and has not done with, by offset: whoever keeps a copy of one says
+            so with :meth:`bury`.
     """
 
     def __init__(self, progress: GroupProgress) -> None:
         self.members: list[Member] = []
+        self.claims: dict[str, str] = {}
+        self.cursor = 0
+        self.given_up: dict[int, GivenUp] = {}
+        # The one whose records came last is last.
         self._owners: dict[str, Member] = {}
-        self._attempts: dict[int, int] = {}
         self.move(progress)
 
     @property
     def progress(self) -> GroupProgress:
         """What the group has done, as a value that later changes do not touch."""
-        return GroupProgress(self._committed, self._done.copy())
+        return GroupProgress(self._committed, self._done.copy(), tuple(self._attempts))
 
     @property
     def committed(self) -> int:
@@ -98,159 +147,269 @@ class Group:
 
     @property
     def waiting(self) -> int:
-        """Records that were routed and not delivered, over all members."""
-        return sum(len(member.waiting) for member in self.members)
+        """Spans that were routed and not delivered, over all members."""
+        return sum(
+            len(member.waiting) + sum(len(delayed.spans) for delayed in member.delayed.values())
+            for member in self.members
+        )
 
     def move(self, progress: GroupProgress) -> None:
         """Go on elsewhere: what was under way is forgotten."""
-        self._committed = progress.committed
         self._done = progress.done.copy()
-        self._committed = self._done.pop_prefix(self._committed)
-        self._attempts.clear()
+        self._committed = self._done.pop_prefix(progress.committed)
+        self._attempts = Attempts(progress.attempts)
         self._restart()
+
+    def owners(self, most: int) -> dict[str, str]:
+        """The names of the members that hold the runs that went on last, at most so many, by run."""
+        return {run_id: member.name for run_id, member in islice(reversed(self._owners.items()), most)}
 
     def join(self, member: Member) -> None:
         """Take a member in. It gets runs that nobody holds as their records come."""
         self.members.append(member)
 
-    def leave(self, member: Member) -> None:
-        """Let a member go. Its runs, with all that is not done of them, go to the others in order."""
+    def leave(self, member: Member, *, failed: bool = True) -> None:
+        """Let a member go. Its runs, with all that is not done of them, go to the others in order, at once.
+
+        What it held was delivered and came back, and of each run the first record failed; not so where ``failed`` is
+        false, because the member left for reasons of its own.
+        """
         self.members.remove(member)
         for run_id in member.runs:
-            del self._owners[run_id]
-        returned = [lease.record for lease in member.leases.values()]
-        self._attempts.update((offset, lease.attempt) for offset, lease in member.leases.items())
-        returned += member.waiting
+            self._owners.pop(run_id, None)
+        leased = member.leases.take_all()
+        runs: set[str] = set()
+        for span in leased if failed else ():
+            self._attempts.add(span.first, span.last, deliveries=1, failures=0)
+            if span.run_id not in runs:
+                runs.add(span.run_id)
+                self._attempts.add(span.first, span.first, deliveries=0, failures=1)
         if not self.members:
             # The next member reads them from the log again.
             self._restart()
             return
-        for record in sorted(returned):
-            self._enqueue(record)
+        for span in sorted(leased + member.outstanding()):
+            self._enqueue(span)
 
-    def route(self, first: int, frame: int, run_ids: Iterable[str], wanted: frozenset[str]) -> None:
-        """Queue the records of a frame from offset ``first`` on, in order, for those who hold their runs.
+    def route(self, frame: int, spans: Iterable[tuple[int, int, str]], wanted: frozenset[str]) -> None:
+        """Queue the records of a frame from the cursor on for those who hold their runs. Needs a member.
 
-        Records of runs outside ``wanted`` (empty: all are wanted) are done with. Needs a member.
+        Records of runs outside ``wanted`` (empty: all are wanted) are done with.
+
+        Args:
+            frame: first offset of the frame.
+            spans: its consecutive records of one run each, as (first offset, last offset, run), ascending.
+            wanted: the runs that the members asked for.
         """
-        offset = first
-        for offset, run_id in enumerate(run_ids, first):
-            if offset < self._committed or offset in self._done:
+        for first, last, run_id in spans:
+            if last < self.cursor:
                 continue
+            start = max(first, self.cursor)
+            self.cursor = last + 1
             if wanted and run_id not in wanted:
-                self._finish(offset, offset)
-            else:
-                self._enqueue(Waiting(offset, frame, run_id))
-        self.cursor = offset + 1
+                if last >= self._committed:
+                    self._finish(start, last)
+            elif self._undone(start, last) is not None:
+                self._enqueue(Span(start, last, frame, run_id))
 
-    def peek(self, member: Member) -> Waiting | None:
-        """The next record for a member, or None."""
+    def due(self, member: Member, now_s: float) -> None:
+        """Let those of its runs go on whose delay is over, and take back what it has held for too long."""
+        while (span := member.leases.expired(now_s)) is not None:
+            self._take_back(member, span, span.first, now_s, oona_pb2.DEAD_LETTER_REASON_EXPIRED)
+        if member.delayed:
+            for run_id in [run_id for run_id, delayed in member.delayed.items() if delayed.until_s <= now_s]:
+                self._resume(member, run_id)
+
+    def peek(self, member: Member) -> tuple[Span, int] | None:
+        """The next records for a member, delivered equally often so far, and how often they will have been then."""
         while member.waiting:
-            record = member.waiting[0]
-            if record.offset >= self._committed and record.offset not in self._done:
-                return record
-            heappop(member.waiting)  # Acknowledged after it had come back.
+            span = member.waiting[0]
+            undone = self._undone(span.first, span.last)
+            if undone is None:
+                heappop(member.waiting)  # Acknowledged after it had come back.
+                continue
+            first, last = undone
+            if first > span.first:
+                span = span._replace(first=first)
+                heapreplace(member.waiting, span)
+            attempt = 1
+            if self._attempts:
+                last, deliveries = self._attempts.uniform_end(first, last)
+                attempt += deliveries
+            return (span if last == span.last else span._replace(last=last)), attempt
         return None
 
-    def next_attempt(self, offset: int) -> int:
-        """How often the record will have been delivered, with the next delivery."""
-        return self._attempts.get(offset, 0) + 1
-
-    def lease(self, member: Member, now_s: float) -> None:
-        """Count the record that :meth:`peek` gave as delivered."""
-        record = heappop(member.waiting)
-        attempt = self._attempts.pop(record.offset, 0) + 1
-        member.leases[record.offset] = Lease(record, now_s + member.ack_deadline_s, attempt)
+    def lease(self, member: Member, last: int, now_s: float) -> None:
+        """Count what :meth:`peek` gave, up to offset ``last``, as delivered."""
+        span = heappop(member.waiting)
+        if last < span.last:
+            heappush(member.waiting, span._replace(first=last + 1))
+            span = span._replace(last=last)
+        member.leases.add(span, now_s + member.ack_deadline_s)
 
     def ack(self, member: Member, first: int, last: int) -> None:
         """Settle what the member was delivered from ``first`` to ``last``, both inside; the rest is ignored."""
-        start: int | None = None
-        previous = -1
-        for offset in self._delivered(member, first, last):
-            if member.leases.pop(offset, None) is None:
-                self._attempts.pop(offset, None)
-            if start is None:
-                start = offset
-            elif offset != previous + 1:
-                self._finish(start, previous)
-                start = offset
-            previous = offset
-        if start is not None:
-            self._finish(start, previous)
-
-    def nack(self, member: Member, offset: int) -> None:
-        """Take a record back, with the later ones of its run, to be delivered again. Ignored where it is not leased."""
-        lease = member.leases.get(offset)
-        if lease is None:
+        for span in member.leases.take(first, last):
+            self._finish(span.first, span.last)
+        if not self._attempts:
             return
-        run_id = lease.record.run_id
-        for later in [o for o, other in member.leases.items() if o >= offset and other.record.run_id == run_id]:
-            back = member.leases.pop(later)
-            self._attempts[later] = back.attempt
-            heappush(member.waiting, back.record)
+        # Some came back: those that wait for this member count, those that wait for another do not.
+        for tried in self._attempts.within(first, last):
+            for span in member.outstanding():
+                if span.first <= tried.last and tried.first <= span.last:
+                    self._finish(max(span.first, tried.first), min(span.last, tried.last))
+        for run_id in [
+            run_id for run_id, delayed in member.delayed.items() if self._undone(delayed.head, delayed.head) is None
+        ]:
+            self._resume(member, run_id)
+
+    def nack(self, member: Member, offset: int, now_s: float) -> None:
+        """Take a record back, with the later ones of its run, to be delivered again. Ignored where it is not leased."""
+        if (span := member.leases.at(offset)) is not None:
+            self._take_back(member, span, offset, now_s, oona_pb2.DEAD_LETTER_REASON_NACKED)
 
     def extend(self, member: Member, offset: int, now_s: float) -> None:
         """Start the deadline of a record anew. Ignored where it is not leased."""
-        if (lease := member.leases.pop(offset, None)) is not None:
-            lease.deadline_s = now_s + member.ack_deadline_s
-            member.leases[offset] = lease
+        for span in member.leases.take(offset, offset):
+            member.leases.add(span, now_s + member.ack_deadline_s)
 
-    def expire(self, member: Member, now_s: float) -> None:
-        """Take back what the member has held for too long."""
-        while member.leases:
-            offset, lease = next(iter(member.leases.items()))
-            if lease.deadline_s > now_s:
-                return
-            self.nack(member, offset)
+    def bury(self, offset: int) -> None:
+        """Count a record that was given up as done with."""
+        if self.given_up.pop(offset, None) is not None:
+            self._finish(offset, offset)
 
     def skip_below(self, floor: int) -> bool:
         """Count what was purged as done with. Returns whether some of it had yet to be read or read again."""
         if floor <= self._committed:
             return False
         unread = self.cursor < floor or any(
-            record.offset < floor and record.offset not in self._done
+            span.first < floor and self._undone(span.first, min(span.last, floor - 1)) is not None
             for member in self.members
-            for record in member.waiting
+            for span in member.outstanding()
         )
         self._finish(self._committed, floor - 1)
+        self._attempts.remove(0, floor - 1)
         self.cursor = max(self.cursor, floor)
-        for offset in [offset for offset in self._attempts if offset < floor]:
-            del self._attempts[offset]
+        for offset in [offset for offset in self.given_up if offset < floor]:
+            del self.given_up[offset]
         for member in self.members:
-            member.waiting = [record for record in member.waiting if record.offset >= floor]
+            member.leases.take(0, floor - 1)
+            member.waiting = _from(floor, member.waiting)
             heapify(member.waiting)
-            for offset in [offset for offset in member.leases if offset < floor]:
-                del member.leases[offset]
+            for run_id, delayed in list(member.delayed.items()):
+                delayed.spans = _from(floor, delayed.spans)
+                if delayed.head < floor:
+                    self._resume(member, run_id)
         return unread
 
     def _restart(self) -> None:
         self.cursor = self._committed
         self._owners.clear()
+        self.given_up.clear()
         for member in self.members:
             member.runs.clear()
             member.waiting.clear()
-            member.leases.clear()
+            member.delayed.clear()
+            member.leases.take_all()
 
-    def _enqueue(self, record: Waiting) -> None:
-        owner = self._owners.get(record.run_id)
+    def _owner(self, run_id: str) -> Member:
+        owner = self._owners.pop(run_id, None)
         if owner is None:
-            owner = min(self.members, key=lambda member: len(member.runs))
-            owner.runs.add(record.run_id)
-            self._owners[record.run_id] = owner
-        heappush(owner.waiting, record)
+            owner = self._claimant(run_id) or min(self.members, key=lambda member: len(member.runs))
+            owner.runs.add(run_id)
+            if len(self._owners) >= 2 * _MAX_IDLE_RUNS:
+                self._forget_idle_runs()
+        self._owners[run_id] = owner
+        return owner
+
+    def _claimant(self, run_id: str) -> Member | None:
+        name = self.claims.pop(run_id, None) if self.claims else None
+        return None if name is None else next((member for member in self.members if member.name == name), None)
+
+    def _forget_idle_runs(self) -> None:
+        """Forget the owners of runs of which nothing is under way, those that went on longest ago first."""
+        busy = {span.run_id for member in self.members for span in (*member.outstanding(), *member.leases)}
+        for run_id in list(self._owners)[: len(self._owners) - _MAX_IDLE_RUNS]:
+            if run_id not in busy:
+                self._owners.pop(run_id).runs.discard(run_id)
+
+    def _enqueue(self, span: Span) -> None:
+        owner = self._owner(span.run_id)
+        if self._attempts:
+            # Those that failed too often did so when a member left, or before the server ended.
+            most = owner.redelivery.max_attempts
+            for tried in self._attempts.within(span.first, span.last):
+                if tried.failures < most:
+                    continue
+                for offset in range(tried.first, tried.last + 1):
+                    if self._undone(offset, offset) is not None:
+                        reason = oona_pb2.DEAD_LETTER_REASON_MEMBER_LEFT
+                        self.given_up[offset] = GivenUp(span.frame, tried.deliveries, reason)
+                if span.first < tried.first:
+                    self._wait(owner, span._replace(last=tried.first - 1))
+                if span.last == tried.last:
+                    return
+                span = span._replace(first=tried.last + 1)
+        self._wait(owner, span)
+
+    @staticmethod
+    def _wait(member: Member, span: Span) -> None:
+        if member.delayed and (delayed := member.delayed.get(span.run_id)) is not None:
+            delayed.spans.append(span)
+        else:
+            heappush(member.waiting, span)
+
+    @staticmethod
+    def _resume(member: Member, run_id: str) -> None:
+        for span in member.delayed.pop(run_id).spans:
+            heappush(member.waiting, span)
+
+    def _take_back(
+        self,
+        member: Member,
+        span: Span,
+        offset: int,
+        now_s: float,
+        reason: oona_pb2.DeadLetterReason.ValueType,
+    ) -> None:
+        """Take a leased record back for its own sake, and the later ones of its run for its."""
+        run_id = span.run_id
+        back = member.leases.take_run(run_id, offset)
+        for item in back:
+            self._attempts.add(item.first, item.last, deliveries=1, failures=0)
+        self._attempts.add(offset, offset, deliveries=0, failures=1)
+        tried = self._attempts.at(offset)
+        if tried.failures >= member.redelivery.max_attempts:
+            self.given_up[offset] = GivenUp(span.frame, tried.deliveries, reason)
+            if back[0].last == offset:
+                del back[0]
+            else:
+                back[0] = back[0]._replace(first=offset + 1)
+            for item in back:
+                self._wait(member, item)
+            return
+        spans = back
+        if (delayed := member.delayed.get(run_id)) is not None:
+            spans += delayed.spans
+        elif any(waiting.run_id == run_id for waiting in member.waiting):
+            spans += [waiting for waiting in member.waiting if waiting.run_id == run_id]
+            member.waiting = [waiting for waiting in member.waiting if waiting.run_id != run_id]
+            heapify(member.waiting)
+        member.delayed[run_id] = _Delayed(now_s + member.redelivery.delay_s(tried.failures), offset, spans)
 
     def _finish(self, first: int, last: int) -> None:
         self._done.add(first, last)
         self._committed = self._done.pop_prefix(self._committed)
+        self._attempts.remove(first, last)
 
-    def _delivered(self, member: Member, first: int, last: int) -> list[int]:
-        """Offsets that the member was delivered at least once and that are not done, within a range, ascending."""
-        if last - first < len(member.leases) + len(self._attempts):
-            candidates = [o for o in range(first, last + 1) if o in member.leases or o in self._attempts]
-        else:
-            candidates = sorted(o for o in member.leases.keys() | self._attempts.keys() if first <= o <= last)
-        if all(offset in member.leases for offset in candidates):
-            return candidates
-        # Some came back: those that wait for this member count, those that wait for another do not.
-        waiting = {record.offset for record in member.waiting}
-        return [offset for offset in candidates if offset in member.leases or offset in waiting]
+    def _undone(self, first: int, last: int) -> tuple[int, int] | None:
+        """The first offsets in a range, both ends inside, that are not done with, or None."""
+        first = max(first, self._committed)
+        if first > last:
+            return None
+        return self._done.first_gap(first, last) if self._done else (first, last)
+
+
+def _from(floor: int, spans: list[Span]) -> list[Span]:
+    """What of some spans lies at or above an offset."""
+    return [span if span.first >= floor else span._replace(first=floor) for span in spans if span.last >= floor]

@@ -80,6 +80,10 @@ class EncodedEvents:
     def __len__(self) -> int:
         return len(self.events)
 
+    def without(self, skip: int) -> EncodedEvents:
+        """The events but the first ``skip``."""
+        return EncodedEvents(self.run_ids[skip:], self.events[skip:]) if skip else self
+
     def batch(self, skip: int = 0) -> bytes:
         """The events but the first ``skip`` as a serialized ``esperml.v1.EventBatch``, the form of a stored frame."""
         return join_batch(self.events[skip:] if skip else self.events)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Final
 
 from esperml.oona.groups import Group, Member
+from esperml.oona.letters import Letters
+from esperml.oona.log import DeadLetter
 from esperml.oona.subscriptions import Subscription
+from esperml.oona.wire import EncodedRecords
 from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from esperml.oona.deliveries import DeliveryBuilder
     from esperml.oona.frames import Frame
+    from esperml.oona.groups import Redelivery
     from esperml.oona.log import GroupProgress, Log
     from esperml.oona.subscriptions import Emit
     from esperml.oona.topic import Topic
 
-# Records that may be known by offset and wait for members' credit. Beyond them a member that grants nothing holds up
-# the others of its group.
+# Spans (see groups.py) that may be known by offset and wait for members' credit. Beyond them a member that grants
+# nothing holds up the others of its group.
 _MAX_WAITING: Final = 65_536
 
 
@@ -32,6 +40,7 @@ class SharedGroup:
     Attributes:
         name: its name.
         state: who has what.
+        letters: the records that it gave up on.
         run_ids: the runs that its present members asked for.
     """
 
@@ -39,46 +48,82 @@ class SharedGroup:
         self.name = name
         self.state = Group(progress)
         self.state.skip_below(topic.bounds.earliest)
+        self.letters = Letters(topic.kind, name, log, self.save)
         self.run_ids: frozenset[str] = frozenset()
         self._topic = topic
         self._log = log
         self._routing = asyncio.Lock()
+        self._burying = asyncio.Lock()
         self._behind_floor: set[Member] = set()
+        self._wakers: dict[Member, Callable[[], None]] = {}
+        self._server_ends = False
 
     def save(self) -> asyncio.Future[None]:
-        """Store the progress."""
-        return self._log.save_group(self._topic.kind, self.name, self.state.progress)
+        """Store the progress, and what became of dead letters."""
+        unsaved = dict(self.letters.unsaved)
+        stored = self._log.save_group(self._topic.kind, self.name, self.state.progress, unsaved)
+
+        def forget(future: asyncio.Future[None]) -> None:
+            # What is not stored is stored with the next progress.
+            if future.cancelled() or future.exception() is not None:
+                return
+            for offset, letter in unsaved.items():
+                if self.letters.unsaved.get(offset, self) is letter:
+                    del self.letters.unsaved[offset]
+
+        if unsaved:
+            stored.add_done_callback(forget)
+        return stored
 
     def move(self, progress: GroupProgress) -> None:
         """Go on elsewhere."""
         self.state.move(progress)
         # What lay there may have been purged while the progress was stored.
         self.state.skip_below(self._topic.bounds.earliest)
-        self._topic.wake()
+        self.wake()
 
-    def join(self, member: Member, run_ids: frozenset[str]) -> None:
-        """Take a member in; all members at a time ask for the same runs."""
+    def join(self, member: Member, run_ids: frozenset[str], wake: Callable[[], None]) -> None:
+        """Take a member in; all members at a time ask for the same runs. ``wake`` lets it look again."""
         self.run_ids = run_ids
         self.state.join(member)
+        self._wakers[member] = wake
 
     def leave(self, member: Member) -> None:
         """Let a member go."""
-        self.state.leave(member)
+        had = bool(member.leases)
+        self.state.leave(member, failed=not self._server_ends)
+        self.letters.replays.leave(member, asyncio.get_running_loop().time())
         self._behind_floor.discard(member)
-        self._topic.wake()
+        del self._wakers[member]
+        if had and not self._server_ends:
+            # Nobody waits for this; where it is not stored now, it is with the next acknowledgement.
+            self.save().add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.wake()
+
+    def server_ends(self) -> None:
+        """From now on, members that leave do so because the server ends, which is no record's fault."""
+        self._server_ends = True
 
     def purged(self, earliest: int) -> None:
         """Note that offsets below ``earliest`` are gone: members are told where some had yet to be read."""
         if self.state.skip_below(earliest):
             self._behind_floor.update(self.state.members)
-        self._topic.wake()
 
     def fell_behind(self, member: Member) -> bool:
         """Whether records that the member might have got were purged."""
         return member in self._behind_floor
 
+    def wake(self) -> None:
+        """Let every member look again."""
+        for wake in self._wakers.values():
+            wake()
+
     async def route(self) -> bool:
-        """Read on and queue records for their members. Returns whether there were any."""
+        """Read on and queue records for their members. Returns whether there were any.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+        """
         if self._is_full_or_through():
             return False
         async with self._routing:
@@ -89,12 +134,33 @@ class SharedGroup:
             if self.state.cursor != cursor or not frames or frames[0].first_offset > cursor:
                 return True  # Moved or purged meanwhile: look again.
             for frame in frames:
-                skip = self.state.cursor - frame.first_offset
-                run_ids = [event.run_id for event in frame.events[skip:]]
-                self.state.route(self.state.cursor, frame.first_offset, run_ids, self.run_ids)
-        if len(self.state.members) > 1:
-            self._topic.wake()
+                self.state.route(frame.first_offset, frame.spans, self.run_ids)
+        if len(self._wakers) > 1:
+            self.wake()
         return True
+
+    async def bury(self) -> None:
+        """Keep a copy of each record that was given up, and be done with it.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+            LogUnavailableError: the log cannot be asked now.
+        """
+        if not self.state.given_up and not self.letters.replays.given_up:
+            return
+        async with self._burying:
+            changed = await self.letters.end_replays(time.time_ns())
+            for offset, given_up in list(self.state.given_up.items()):
+                frame = await self._topic.frame(given_up.frame)
+                if frame is None or self.state.given_up.get(offset) is not given_up:
+                    continue  # Moved or purged meanwhile.
+                [event] = frame.events(offset, offset)
+                times = (frame.append_time_ns, time.time_ns())
+                self.letters.put(DeadLetter(offset, times[0], event, given_up.attempts, times[1], given_up.reason))
+                self.state.bury(offset)
+                changed = True
+            if changed:
+                self.save().add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def _is_full_or_through(self) -> bool:
         return self.state.waiting >= _MAX_WAITING or self.state.cursor >= self._topic.bounds.next
@@ -113,13 +179,16 @@ class MemberReader(Subscription):
         group: SharedGroup,
         run_ids: frozenset[str],
         ack_deadline_s: float,
+        redelivery: Redelivery,
+        name: str = "",
     ) -> None:
         super().__init__(subscription_id, topic, emit, delivery_records)
         self.start_offset = group.state.committed
         self._group = group
-        self._member = Member(ack_deadline_s)
+        self._member = Member(ack_deadline_s, redelivery, name)
         self._frame: Frame | None = None
-        group.join(self._member, run_ids)
+        self._letter: DeadLetter | None = None
+        group.join(self._member, run_ids, self._waker.set)
 
     def close(self) -> None:
         """Leave the group: what was not settled goes to the others."""
@@ -128,15 +197,23 @@ class MemberReader(Subscription):
 
     def ack(self, ack: oona_pb2.Ack) -> tuple[int, asyncio.Future[None]]:
         """Settle records. Returns the offset below which the group is done, and a future for when that is stored."""
-        state = self._group.state
+        state, letters, member = self._group.state, self._group.letters, self._member
         now_s = asyncio.get_running_loop().time()
         for settled in ack.acked:
-            state.ack(self._member, settled.first, settled.last)
+            state.ack(member, settled.first, settled.last)
         for offset in ack.extended:
-            state.extend(self._member, offset, now_s)
+            state.extend(member, offset, now_s)
         # The lowest of a run takes the others back with it.
         for offset in sorted(ack.nacked):
-            state.nack(self._member, offset)
+            state.nack(member, offset, now_s)
+        if letters.replays:
+            for settled in ack.acked:
+                for offset in letters.replays.ack(member, settled.first, settled.last):
+                    letters.acknowledged(offset)
+            for offset in ack.extended:
+                letters.replays.extend(member, offset, now_s)
+            for offset in ack.nacked:
+                letters.replays.nack(member, offset, now_s)
         self._waker.set()
         return state.committed, self._group.save()
 
@@ -148,42 +225,69 @@ class MemberReader(Subscription):
         return None
 
     def _has_caught_up(self) -> bool:
-        return self._group.state.cursor >= self._topic.bounds.next and not self._member.waiting
+        state, member = self._group.state, self._member
+        return state.cursor >= self._topic.bounds.next and not member.delayed and state.peek(member) is None
 
     def _wakes_at_s(self) -> float | None:
-        return self._member.next_deadline_s
+        times = (self._member.next_deadline_s, self._group.letters.replays.next_deadline_s(self._member))
+        return min((time_s for time_s in times if time_s is not None), default=None)
 
     async def _advance(self) -> bool:
         loop = asyncio.get_running_loop()
-        state, member = self._group.state, self._member
-        state.expire(member, loop.time())
+        state, letters, member = self._group.state, self._group.letters, self._member
+        state.due(member, loop.time())
+        letters.replays.due(member, loop.time())
+        await self._group.bury()
         routed = await self._group.route()
-        response = self._new_delivery()
-        now_s = loop.time()
-        while not self._is_full(response.delivery):
-            record = state.peek(member)
-            if record is None:
-                break
-            frame = self._loaded(record.frame)
-            if frame is None:
-                if response.delivery.records:
-                    break
-                # The world may be another when it has been read: look again.
-                await self._load(record.frame)
-                return True
-            if not self._add(response.delivery, frame, record.offset, state.next_attempt(record.offset)):
-                break
-            state.lease(member, now_s)
-        if not response.delivery.records:
+        delivery = self._new_delivery()
+        if await self._fill(delivery, loop.time()) or await self._fill_with_letters(delivery, loop.time()):
+            return True
+        if not delivery.count:
             return routed
-        await self._emit(response)
+        await self._emit(delivery.encode())
         return True
+
+    async def _fill(self, delivery: DeliveryBuilder, now_s: float) -> bool:
+        """Put in what waits. Returns True, with nothing put in, where something had to be read and all may be new."""
+        state, member = self._group.state, self._member
+        while not delivery.is_full and (waiting := state.peek(member)) is not None:
+            span, attempt = waiting
+            frame = self._loaded(span.frame)
+            if frame is None:
+                if delivery.count:
+                    return False
+                self._frame = await self._topic.frame(span.frame)
+                return True
+            if attempt == 1:
+                records, first = frame.records(), frame.first_offset
+            else:
+                records, first = frame.records_again(span.first, span.last, attempt), span.first
+            taken = delivery.add(records, span.first - first, span.last + 1 - first) + first - 1
+            if taken < span.first:
+                return False
+            state.lease(member, taken, now_s)
+        return False
+
+    async def _fill_with_letters(self, delivery: DeliveryBuilder, now_s: float) -> bool:
+        """Put in dead letters that are replayed. Returns True, with nothing put in, where one had to be read."""
+        replays = self._group.letters.replays
+        while not delivery.is_full and (ready := replays.peek()) is not None:
+            offset, attempt = ready
+            letter = self._letter
+            if letter is None or letter.offset != offset:
+                if delivery.count:
+                    return False
+                self._letter = await self._group.letters.read(offset)
+                if self._letter is None:
+                    replays.remove(offset)
+                return True
+            records = EncodedRecords(offset, letter.append_time_ns, [letter.event], attempt)
+            if not delivery.add(records, 0, 1):
+                return False
+            replays.lease(self._member, offset, now_s)
+        return False
 
     def _loaded(self, first_offset: int) -> Frame | None:
         if self._frame is None or self._frame.first_offset != first_offset:
             self._frame = self._topic.cached(first_offset)
         return self._frame
-
-    async def _load(self, first_offset: int) -> None:
-        frames = await self._topic.read(first_offset)
-        self._frame = frames[0] if frames else None

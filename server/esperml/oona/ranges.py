@@ -44,6 +44,15 @@ class RangeSet:
     def __repr__(self) -> str:
         return f"RangeSet({list(self)})"
 
+    def first_gap(self, first: int, last: int) -> tuple[int, int] | None:
+        """The first numbers from ``first`` to ``last``, both inside, that are not in the set; None where all are."""
+        index = bisect_right(self._firsts, first)
+        if index and self._lasts[index - 1] >= first:
+            first = self._lasts[index - 1] + 1
+            if first > last:
+                return None
+        return first, (min(last, self._firsts[index] - 1) if index < len(self._firsts) else last)
+
     def add(self, first: int, last: int) -> None:
         """Put in all numbers from ``first`` to ``last``, both inside. Raises ``ValueError`` if there are none."""
         if first > last:

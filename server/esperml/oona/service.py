@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import grpc
 import structlog
+from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 
 from esperml.contract import KINDS
 from esperml.oona.admission import Doors, TurnedAwayError
 from esperml.oona.rejection import RequestRejectedError
 from esperml.oona.stream import ClientStream, StreamEndedError, UnreadableFrame
-from esperml.v1 import oona_pb2, oona_pb2_grpc
+from esperml.v1 import event_pb2, oona_pb2, oona_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from esperml.oona.broker import Broker
+    from esperml.oona.log import DeadLetter
     from esperml.settings import OonaSettings
 
 _log = structlog.get_logger(__name__)
 
-_STATUS: Final = {oona_pb2.REJECT_REASON_STORAGE: grpc.StatusCode.UNAVAILABLE}
+_STATUS: Final = {
+    oona_pb2.REJECT_REASON_STORAGE: grpc.StatusCode.UNAVAILABLE,
+    oona_pb2.REJECT_REASON_RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+# Dead letters that one call lists: unless it says how many, and at most.
+_DEFAULT_LETTERS: Final = 100
+_MAX_LETTERS: Final = 1000
 # What a frame may be longer than the limit before the transport itself refuses it: enough to say what is wrong.
 _TRANSPORT_MARGIN: Final = 2**20
 
@@ -63,6 +71,7 @@ class OonaService(oona_pb2_grpc.OonaServicer):
 
     def shut_down(self) -> None:
         """End every stream with UNAVAILABLE: clients come back when there is a server again."""
+        self._broker.server_ends()
         for stream in list(self._streams.values()):
             stream.end(grpc.StatusCode.UNAVAILABLE, "the server shuts down")
 
@@ -77,9 +86,10 @@ class OonaService(oona_pb2_grpc.OonaServicer):
             frame = await context.read()
             return frame if isinstance(frame, oona_pb2.StreamRequest | UnreadableFrame) else None
 
-        async def write(response: oona_pb2.StreamResponse) -> None:
+        async def write(response: oona_pb2.StreamResponse | bytes) -> None:
             try:
-                await context.write(response)
+                # What the handler's serializer takes is wider than what the stubs say.
+                await context.write(cast("oona_pb2.StreamResponse", response))
             except grpc.aio.InternalError as error:
                 raise StreamEndedError(grpc.StatusCode.CANCELLED, "the client has gone") from error
 
@@ -133,8 +143,47 @@ class OonaService(oona_pb2_grpc.OonaServicer):
         try:
             earliest = await self._broker.purge(request.kind, request.before_offset)
         except RequestRejectedError as error:
-            await context.abort(_STATUS.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), error.message)
+            await _refuse(context, error)
         return oona_pb2.PurgeTopicResponse(earliest_offset=earliest)
+
+    async def ListDeadLetters(  # noqa: N802
+        self,
+        request: oona_pb2.ListDeadLettersRequest,
+        context: grpc.aio.ServicerContext[oona_pb2.ListDeadLettersRequest, oona_pb2.ListDeadLettersResponse],
+    ) -> oona_pb2.ListDeadLettersResponse:
+        """The records that a group gave up on, a page at a time."""
+        limit = min(request.limit or _DEFAULT_LETTERS, _MAX_LETTERS)
+        try:
+            letters, next_offset = await self._broker.dead_letters(
+                request.kind, request.group, request.from_offset, limit
+            )
+        except RequestRejectedError as error:
+            await _refuse(context, error)
+        return oona_pb2.ListDeadLettersResponse(dead_letters=map(_letter, letters), next_offset=next_offset)
+
+    async def ReplayDeadLetters(  # noqa: N802
+        self,
+        request: oona_pb2.ReplayDeadLettersRequest,
+        context: grpc.aio.ServicerContext[oona_pb2.ReplayDeadLettersRequest, oona_pb2.ReplayDeadLettersResponse],
+    ) -> oona_pb2.ReplayDeadLettersResponse:
+        """Gives dead letters back to their group."""
+        try:
+            count = await self._broker.replay_dead_letters(request.kind, request.group, request.offsets)
+        except RequestRejectedError as error:
+            await _refuse(context, error)
+        return oona_pb2.ReplayDeadLettersResponse(count=count)
+
+    async def PurgeDeadLetters(  # noqa: N802
+        self,
+        request: oona_pb2.PurgeDeadLettersRequest,
+        context: grpc.aio.ServicerContext[oona_pb2.PurgeDeadLettersRequest, oona_pb2.PurgeDeadLettersResponse],
+    ) -> oona_pb2.PurgeDeadLettersResponse:
+        """Deletes dead letters."""
+        try:
+            count = await self._broker.purge_dead_letters(request.kind, request.group, request.offsets)
+        except RequestRejectedError as error:
+            await _refuse(context, error)
+        return oona_pb2.PurgeDeadLettersResponse(count=count)
 
     def _replace(self, stream: ClientStream) -> None:
         """A client that comes again has lost its old stream, even where that looks alive from here."""
@@ -153,6 +202,38 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: StreamEnded
         raise asyncio.CancelledError from gone
 
 
+async def _refuse(context: grpc.aio.ServicerContext[Any, Any], error: RequestRejectedError) -> NoReturn:
+    await context.abort(_STATUS.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), error.message)
+
+
+def _letter(letter: DeadLetter) -> oona_pb2.DeadLetter:
+    record = event_pb2.Record(
+        offset=letter.offset, event=event_pb2.Event.FromString(letter.event), delivery_attempt=letter.attempts
+    )
+    record.append_time.FromNanoseconds(letter.append_time_ns)
+    listed = oona_pb2.DeadLetter(record=record, reason=letter.reason, replaying=letter.replaying)
+    listed.time.FromNanoseconds(letter.time_ns)
+    return listed
+
+
+def _serialize(response: oona_pb2.StreamResponse | bytes) -> bytes:
+    """Deliveries come serialized."""
+    return response if isinstance(response, bytes) else response.SerializeToString()
+
+
+def _unary(service: OonaService, name: str) -> grpc.RpcMethodHandler[Any, Any]:
+    """The handler of a unary call, by its messages in the contract."""
+    method = oona_pb2.DESCRIPTOR.services_by_name["Oona"].methods_by_name[name]
+    request, response = (
+        message_factory.GetMessageClass(message) for message in (method.input_type, method.output_type)
+    )
+    return grpc.unary_unary_rpc_method_handler(
+        cast("Any", getattr(service, name)),
+        request_deserializer=request.FromString,
+        response_serializer=response.SerializeToString,
+    )
+
+
 def add_to_server(service: OonaService, server: grpc.aio.Server) -> None:
     """Register the bus with a server made with :func:`server_options`.
 
@@ -163,22 +244,8 @@ def add_to_server(service: OonaService, server: grpc.aio.Server) -> None:
         "Stream": grpc.stream_stream_rpc_method_handler(
             cast("Any", service.Stream),
             request_deserializer=service.decode,
-            response_serializer=oona_pb2.StreamResponse.SerializeToString,
+            response_serializer=_serialize,
         ),
-        "ListTopics": grpc.unary_unary_rpc_method_handler(
-            cast("Any", service.ListTopics),
-            request_deserializer=oona_pb2.ListTopicsRequest.FromString,
-            response_serializer=oona_pb2.ListTopicsResponse.SerializeToString,
-        ),
-        "DescribeTopic": grpc.unary_unary_rpc_method_handler(
-            cast("Any", service.DescribeTopic),
-            request_deserializer=oona_pb2.DescribeTopicRequest.FromString,
-            response_serializer=oona_pb2.DescribeTopicResponse.SerializeToString,
-        ),
-        "PurgeTopic": grpc.unary_unary_rpc_method_handler(
-            cast("Any", service.PurgeTopic),
-            request_deserializer=oona_pb2.PurgeTopicRequest.FromString,
-            response_serializer=oona_pb2.PurgeTopicResponse.SerializeToString,
-        ),
+        **{method.name: _unary(service, method.name) for method in methods.methods if method.name != "Stream"},
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(methods.full_name, handlers)])

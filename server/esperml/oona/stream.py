@@ -87,7 +87,7 @@ class ClientStream:
         broker: Broker,
         admission: Admission,
         read: Callable[[], Awaitable[oona_pb2.StreamRequest | UnreadableFrame | None]],
-        write: Callable[[oona_pb2.StreamResponse], Awaitable[None]],
+        write: Callable[[oona_pb2.StreamResponse | bytes], Awaitable[None]],
     ) -> None:
         self.client_id = ""
         self._open_request_id = 0
@@ -98,7 +98,9 @@ class ClientStream:
         self._subscriptions: dict[int, tuple[Subscription, asyncio.Task[None]]] = {}
         # Those that ended unasked: the client may not know yet, and its credit for them is no mistake.
         self._ended_subscriptions = RangeSet()
-        self._outbox: asyncio.Queue[oona_pb2.StreamResponse] = asyncio.Queue(_OUTBOX_FRAMES)
+        self._outbox: asyncio.Queue[oona_pb2.StreamResponse | bytes] = asyncio.Queue(_OUTBOX_FRAMES)
+        # Whoever has something to send waits here: a queue alone lets those in first who come at the right moment.
+        self._turn = asyncio.Lock()
         self._unanswered: asyncio.Queue[_Unanswered] = asyncio.Queue(_UNANSWERED_REQUESTS)
         self._unanswered_bytes = 0
         self._answered = asyncio.Event()
@@ -175,6 +177,11 @@ class ClientStream:
     async def _watch_end(self) -> None:
         await asyncio.shield(self._ended)
 
+    async def _put(self, response: oona_pb2.StreamResponse | bytes) -> None:
+        """Send a frame behind those for which this was called before; waits while the client takes nothing."""
+        async with self._turn:
+            await self._outbox.put(response)
+
     async def _send(self) -> None:
         while True:
             await self._write(await self._outbox.get())
@@ -189,8 +196,10 @@ class ClientStream:
                 response = unanswered.response(outcome)
             except LogError as error:
                 response = oona_pb2.StreamResponse(rejected=from_log_error(error).to_proto())
+                if isinstance(error, LogUnavailableError):
+                    self._admission.not_stored(str(error))
             response.request_id = unanswered.request_id
-            await self._outbox.put(response)
+            await self._put(response)
             self._unanswered_bytes -= unanswered.size
             self._answered.set()
             self._unanswered.task_done()
@@ -268,16 +277,19 @@ class ClientStream:
             raise invalid("subscribe.subscription_id", f"{subscription_id} is in use on this stream")
         self._admission.check_subscribe(request.subscribe, len(self._subscriptions))
         try:
-            subscription = await self._broker.subscribe(request.subscribe, self._outbox.put)
+            reader = f"{self.client_id}/{subscription_id}"
+            subscription = await self._broker.subscribe(request.subscribe, self._put, reader)
         except LogDamagedError as error:
             raise StreamEndedError(grpc.StatusCode.DATA_LOSS, str(error)) from error
+        except LogUnavailableError as error:
+            raise StreamEndedError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
         subscribed = oona_pb2.Subscribed(
             subscription_id=subscription_id,
             start_offset=subscription.start_offset,
             high_watermark=subscription.high_watermark,
         )
         try:
-            await self._outbox.put(oona_pb2.StreamResponse(request_id=request.request_id, subscribed=subscribed))
+            await self._put(oona_pb2.StreamResponse(request_id=request.request_id, subscribed=subscribed))
         except asyncio.CancelledError:
             subscription.close()
             raise
@@ -289,6 +301,8 @@ class ClientStream:
             await subscription.run()
         except LogDamagedError as error:
             raise StreamEndedError(grpc.StatusCode.DATA_LOSS, str(error)) from error
+        except LogUnavailableError as error:
+            raise StreamEndedError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
         subscription_id = subscription.subscription_id
         self._subscriptions.pop(subscription_id)
         self._ended_subscriptions.add(subscription_id, subscription_id)
@@ -302,7 +316,7 @@ class ClientStream:
         if self._subscriptions.pop(subscription_id, None) is not None:
             subscription.close()
         closed = oona_pb2.Closed(subscription_id=subscription_id, reason=oona_pb2.CLOSE_REASON_UNSUBSCRIBED)
-        await self._outbox.put(oona_pb2.StreamResponse(request_id=request.request_id, closed=closed))
+        await self._put(oona_pb2.StreamResponse(request_id=request.request_id, closed=closed))
 
     def _subscription(self, request: str, subscription_id: int) -> tuple[Subscription, asyncio.Task[None]]:
         if (found := self._subscriptions.get(subscription_id)) is None:

@@ -7,18 +7,19 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
 from esperml.oona.credit import Credit
+from esperml.oona.deliveries import DeliveryBuilder
 from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from esperml.oona.frames import Frame
+    from esperml.oona.log import LogUnavailableError
     from esperml.oona.topic import Topic
 
-    Emit = Callable[[oona_pb2.StreamResponse], Awaitable[None]]
+    # Deliveries come serialized.
+    Emit = Callable[[oona_pb2.StreamResponse | bytes], Awaitable[None]]
 
-# A delivery ends with the record that reaches this.
-_DELIVERY_BYTES: Final = 2**20
 # A reader at the tail catches up with every frame; it is told so no more often than this.
 _PROGRESS_INTERVAL_S: Final = 0.1
 
@@ -29,7 +30,7 @@ class Subscription(ABC):
     Args:
         subscription_id: its number on the stream.
         topic: the log.
-        emit: sends a frame to the client; waits while the client takes nothing.
+        emit: sends a frame to the client, in the order of the calls; waits while the client takes nothing.
         delivery_records: most records in one delivery.
 
     Attributes:
@@ -45,6 +46,7 @@ class Subscription(ABC):
         self._delivery_records = delivery_records
         self._credit = Credit()
         self._waker = asyncio.Event()
+        self._failure: LogUnavailableError | None = None
         self._told_high_watermark: int | None = None
         self._told_at_s = 0.0
         topic.wakers.add(self._waker)
@@ -63,6 +65,11 @@ class Subscription(ABC):
         """Take no further part. What a member was delivered and did not settle goes to others."""
         self._topic.wakers.discard(self._waker)
 
+    def fail(self, error: LogUnavailableError) -> None:
+        """Have :meth:`run` end with an error: this process can serve the subscription no longer."""
+        self._failure = error
+        self._waker.set()
+
     async def run(self) -> None:
         """Send records as credit allows, until a bounded replay ends or the reader falls behind the floor.
 
@@ -71,6 +78,8 @@ class Subscription(ABC):
         """
         while True:
             self._waker.clear()
+            if self._failure is not None:
+                raise self._failure
             if (closed := self._end()) is not None:
                 closed.subscription_id = self.subscription_id
                 await self._emit(oona_pb2.StreamResponse(closed=closed))
@@ -95,27 +104,8 @@ class Subscription(ABC):
         """When there will be something to do, on the loop's clock, even if nothing happens."""
         return None
 
-    def _add(self, delivery: oona_pb2.Delivery, frame: Frame, offset: int, attempt: int) -> bool:
-        """Put a record into a delivery and pay for it; False, with nothing done, where credit does not suffice."""
-        record = delivery.records.add(
-            offset=offset,
-            append_time=frame.append_time,
-            event=frame.events[offset - frame.first_offset],
-            delivery_attempt=attempt,
-        )
-        size = record.ByteSize()
-        if not self._credit.take(size):
-            del delivery.records[-1]
-            return False
-        self._delivery_bytes += size
-        return True
-
-    def _new_delivery(self) -> oona_pb2.StreamResponse:
-        self._delivery_bytes = 0
-        return oona_pb2.StreamResponse(delivery=oona_pb2.Delivery(subscription_id=self.subscription_id))
-
-    def _is_full(self, delivery: oona_pb2.Delivery) -> bool:
-        return len(delivery.records) >= self._delivery_records or self._delivery_bytes >= _DELIVERY_BYTES
+    def _new_delivery(self) -> DeliveryBuilder:
+        return DeliveryBuilder(self.subscription_id, self._delivery_records, self._credit)
 
     async def _tell_progress(self) -> float | None:
         """Say that the reader has caught up, unless it knows. Returns when to do so where it is too early."""
@@ -189,21 +179,27 @@ class PrivateReader(Subscription):
         frames = await self._topic.read(self._next)
         if not frames or frames[0].first_offset > self._next:
             return True  # Purged meanwhile.
-        response = self._new_delivery()
-        self._fill(response.delivery, frames)
-        if response.delivery.records:
-            await self._emit(response)
+        delivery = self._new_delivery()
+        self._fill(delivery, frames)
+        if delivery.count:
+            await self._emit(delivery.encode())
         return self._next > before
 
-    def _fill(self, delivery: oona_pb2.Delivery, frames: list[Frame]) -> None:
+    def _fill(self, delivery: DeliveryBuilder, frames: list[Frame]) -> None:
         """Move on over records until the delivery is full, the credit used up, or the frames are through."""
         for frame in frames:
-            end = frame.end if self._end_offset is None else min(frame.end, self._end_offset)
-            for offset in range(self._next, end):
-                if not self._run_ids or frame.events[offset - frame.first_offset].run_id in self._run_ids:
-                    if self._is_full(delivery):
+            for first, last, run_id in frame.spans:
+                if last < self._next:
+                    continue
+                if self._end_offset is not None:
+                    last = min(last, self._end_offset - 1)  # noqa: PLW2901
+                    if last < self._next:
                         return
-                    if not self._add(delivery, frame, offset, attempt=1):
-                        self._blocked = True
+                if not self._run_ids or run_id in self._run_ids:
+                    start = max(first, self._next) - frame.first_offset
+                    end = delivery.add(frame.records(), start, last + 1 - frame.first_offset)
+                    self._next = frame.first_offset + end
+                    if self._next <= last:
+                        self._blocked = not delivery.is_full
                         return
-                self._next = offset + 1
+                self._next = last + 1

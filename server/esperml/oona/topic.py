@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from esperml.oona.frames import Frame, FrameCache, decode
-from esperml.oona.log import LogDamagedError, StoredFrame
+from esperml.oona.log import LogDamagedError
 
 if TYPE_CHECKING:
     from esperml.oona.log import Appended, EncodedEvents, Log, TopicBounds
@@ -47,9 +47,7 @@ class Topic:
     def appended(self, appended: Appended, events: EncodedEvents) -> None:
         """Note what was stored just now, so that readers at the tail need not read it."""
         if appended.count:
-            batch = events.batch(skip=appended.duplicates)
-            stored = StoredFrame(appended.first_offset, appended.count, appended.append_time_ns, batch)
-            self._cache.put(decode(self.kind, stored))
+            self._cache.put(Frame(appended.first_offset, appended.append_time_ns, events.without(appended.duplicates)))
 
     def forget_purged(self) -> bool:
         """Forget what the log holds no longer. Returns whether there was something new to forget."""
@@ -67,6 +65,15 @@ class Topic:
     def cached(self, first_offset: int) -> Frame | None:
         """The frame that starts at an offset, if it need not be read."""
         return self._cache.get(first_offset)
+
+    async def frame(self, first_offset: int) -> Frame | None:
+        """The frame that starts at an offset, or None where it was purged.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+        """
+        frames = await self.read(first_offset)
+        return frames[0] if frames and frames[0].first_offset == first_offset else None
 
     async def read(self, offset: int) -> list[Frame]:
         """Frames from the one that holds ``offset`` on, in order; some, not all. Where that was purged, the next.

@@ -6,16 +6,22 @@ from typing import TYPE_CHECKING, Final
 
 from esperml.contract import PAYLOADS, InvalidFieldError, check_event
 from esperml.contract.kinds import MAX_RUN_ID_LENGTH
+from esperml.oona.groups import Redelivery
 from esperml.oona.log import EncodedEvents
 from esperml.oona.rejection import RequestRejectedError, invalid
 from esperml.oona.wire import published_events
 from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
+    from google.protobuf.duration_pb2 import Duration
     from google.protobuf.timestamp_pb2 import Timestamp
+
+    from esperml.settings import RedeliverySettings
 
 MAX_NAME_LENGTH: Final = 128
 MAX_ACK_DEADLINE_S: Final = 24 * 3600
+MAX_REDELIVERY_DELAY_S: Final = 24 * 3600
+MAX_ATTEMPTS: Final = 1000
 # What fits the log's 64-bit columns; later times are as good as this one.
 _MAX_TIME_NS: Final = 2**63 - 1
 _NS: Final = 10**9
@@ -90,6 +96,8 @@ def check_subscribe(subscribe: oona_pb2.Subscribe) -> None:
         raise invalid("subscribe.start.anchor", "COMMITTED is for groups, but none is given")
     elif subscribe.HasField("ack_deadline"):
         raise invalid("subscribe.ack_deadline", "is for groups, but none is given")
+    elif subscribe.HasField("redelivery"):
+        raise invalid("subscribe.redelivery", "is for groups, but none is given")
 
 
 def ack_deadline_s(subscribe: oona_pb2.Subscribe, default_s: float) -> float:
@@ -102,6 +110,34 @@ def ack_deadline_s(subscribe: oona_pb2.Subscribe, default_s: float) -> float:
             "subscribe.ack_deadline", f"must be above 0 and at most {MAX_ACK_DEADLINE_S} s, not {deadline_s:g}"
         )
     return deadline_s
+
+
+def redelivery(subscribe: oona_pb2.Subscribe, default: RedeliverySettings) -> Redelivery:
+    """The redelivery asked for. Raises :class:`RequestRejectedError` where a field is out of range."""
+    asked = subscribe.redelivery
+    if asked.max_attempts > MAX_ATTEMPTS:
+        raise invalid("subscribe.redelivery.max_attempts", f"must be at most {MAX_ATTEMPTS}, not {asked.max_attempts}")
+    min_delay_s, max_delay_s = default.min_delay_s, default.max_delay_s
+    if asked.HasField("min_delay"):
+        min_delay_s = _delay_s("min_delay", asked.min_delay)
+    if asked.HasField("max_delay"):
+        max_delay_s = _delay_s("max_delay", asked.max_delay)
+        if asked.HasField("min_delay") and min_delay_s > max_delay_s:
+            raise invalid("subscribe.redelivery.max_delay", f"{max_delay_s:g} s is below min_delay, {min_delay_s:g} s")
+    return Redelivery(asked.max_attempts or default.max_attempts, min_delay_s, max_delay_s)
+
+
+def _delay_s(name: str, delay: Duration) -> float:
+    delay_s = delay.seconds + delay.nanos / _NS
+    if not 0 <= delay_s <= MAX_REDELIVERY_DELAY_S:
+        raise invalid(f"subscribe.redelivery.{name}", f"must be 0 to {MAX_REDELIVERY_DELAY_S} s, not {delay_s:g}")
+    return delay_s
+
+
+def check_group(field: str, group: str) -> None:
+    """Raise :class:`RequestRejectedError` unless it can name a group."""
+    if not 1 <= len(group) <= MAX_NAME_LENGTH:
+        raise invalid(field, f"must have 1 to {MAX_NAME_LENGTH} characters, not {len(group)}")
 
 
 def time_ns(field: str, time: Timestamp) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from esperml.v1 import event_pb2, oona_pb2
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _opaque(message: type[Message], field: str) -> Any:
-    """A message type that knows one repeated field of ``message`` alone, and that as bytes.
+    """A message type that knows one field of ``message`` alone, and that as repeated bytes.
 
     The two are the same on the wire: an inner message is its bytes with their length before them.
     """
@@ -38,6 +40,19 @@ def _opaque(message: type[Message], field: str) -> Any:
 _PUBLISH: Final = _opaque(oona_pb2.Publish, "events")
 _EVENT_BATCH: Final = _opaque(event_pb2.EventBatch, "events")
 _DELIVERY: Final = _opaque(oona_pb2.Delivery, "records")
+# A field that is there once at most is, on the wire, one that may repeat.
+_RECORD: Final = _opaque(event_pb2.Record, "event")
+_RESPONSE_TAG: Final = bytes([oona_pb2.StreamResponse.DESCRIPTOR.fields_by_name["delivery"].number << 3 | 2])
+_RECORD_TAG: Final = bytes([oona_pb2.Delivery.DESCRIPTOR.fields_by_name["records"].number << 3 | 2])
+_FIELDS: Final = event_pb2.Record.DESCRIPTOR.fields_by_name
+_OFFSET_TAG: Final = bytes([_FIELDS["offset"].number << 3])
+_TIME_TAG: Final = bytes([_FIELDS["append_time"].number << 3 | 2])
+_EVENT_TAG: Final = bytes([_FIELDS["event"].number << 3 | 2])
+_ATTEMPT_TAG: Final = bytes([_FIELDS["delivery_attempt"].number << 3])
+_SUBSCRIPTION_TAG: Final = bytes([oona_pb2.Delivery.DESCRIPTOR.fields_by_name["subscription_id"].number << 3])
+# The last byte of a number, and one that more bytes follow.
+_LAST: Final = [bytes([low]) for low in range(128)]
+_MORE: Final = [bytes([low | 128]) for low in range(128)]
 
 
 def published_events(publish: oona_pb2.Publish) -> list[bytes]:
@@ -55,6 +70,83 @@ def split_batch(batch: bytes) -> list[bytes]:
     return list(_EVENT_BATCH.FromString(batch).events)
 
 
-def split_delivery(delivery: bytes) -> list[bytes]:
-    """The serialized records of a serialized ``Delivery``. Raises ``DecodeError`` where it is none."""
-    return list(_DELIVERY.FromString(delivery).records)
+def varint(number: int) -> bytes:
+    """A whole number of at most 64 bits, not negative, as it goes over the wire."""
+    encoded = b""
+    while number > 127:
+        encoded += _MORE[number & 127]
+        number >>= 7
+    return encoded + _LAST[number]
+
+
+class EncodedRecords:
+    """Consecutive records as they stand in a serialized ``Delivery``.
+
+    Args:
+        first_offset: offset of the first.
+        append_time_ns: when they were stored, in ns since 1970.
+        events: the serialized event of each, at least one.
+        attempt: how often they will have been delivered.
+
+    Attributes:
+        data: the records, each with the tag and the length that it has as a part of a delivery.
+        ends: where each begins in ``data``, and, as the last, where the last one ends.
+        sizes: bytes of the records before each, without tag and length, and, as the last, of all.
+    """
+
+    __slots__ = ("data", "ends", "sizes")
+
+    def __init__(self, first_offset: int, append_time_ns: int, events: Sequence[bytes], attempt: int = 1) -> None:
+        timestamp = Timestamp()
+        timestamp.FromNanoseconds(append_time_ns)
+        time = timestamp.SerializeToString()
+        before_event = _TIME_TAG + varint(len(time)) + time + _EVENT_TAG
+        after_event = _ATTEMPT_TAG + varint(attempt)
+        # What stands before the offset and before the event, and the record's size, by the size of its event: most
+        # events of a frame are about as large as the others.
+        heads: dict[int, tuple[bytes, bytes, int]] = {}
+        parts: list[bytes] = []
+        sizes = [0]
+        lengths = [0]
+        high, number_bytes = b"", 0
+        for offset, event in enumerate(events, first_offset):
+            low = offset & 127
+            if offset < 128:
+                # A number that is 0 is left out.
+                number = _OFFSET_TAG + _LAST[low] if offset else b""
+            else:
+                if not high or not low:
+                    high = varint(offset >> 7)
+                number = _OFFSET_TAG + _MORE[low] + high
+            if len(number) != number_bytes:
+                heads.clear()
+                number_bytes = len(number)
+            event_bytes = len(event)
+            head = heads.get(event_bytes)
+            if head is None:
+                middle = before_event + varint(event_bytes)
+                size = number_bytes + len(middle) + event_bytes + len(after_event)
+                head = heads[event_bytes] = (_RECORD_TAG + varint(size), middle, size)
+            start, middle, size = head
+            parts += (start, number, middle, event, after_event)
+            sizes.append(size)
+            lengths.append(len(start) + size)
+        self.data = b"".join(parts)
+        self.ends = list(accumulate(lengths))
+        self.sizes = list(accumulate(sizes))
+
+    def slice(self, start: int, stop: int) -> bytes:
+        """The records from index ``start`` to before ``stop``, as a part of a serialized ``Delivery``."""
+        return self.data[self.ends[start] : self.ends[stop]]
+
+    def events(self, start: int, stop: int) -> list[bytes]:
+        """The serialized events of the records from index ``start`` to before ``stop``."""
+        records = _DELIVERY.FromString(self.slice(start, stop)).records
+        return [_RECORD.FromString(record).event[0] for record in records]
+
+
+def encode_delivery(subscription_id: int, parts: Sequence[bytes]) -> bytes:
+    """A serialized ``StreamResponse`` with a delivery of records that :class:`EncodedRecords` encoded."""
+    start = _SUBSCRIPTION_TAG + varint(subscription_id)
+    size = len(start) + sum(map(len, parts))
+    return b"".join((_RESPONSE_TAG, varint(size), start, *parts))

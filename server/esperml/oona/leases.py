@@ -1,0 +1,135 @@
+"""What one member of a group was delivered and has not settled."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Span(NamedTuple):
+    """Consecutive records of one run in one stored frame.
+
+    Attributes:
+        first: offset of the first.
+        last: offset of the last.
+        frame: first offset of the stored frame that holds them.
+        run_id: their run.
+    """
+
+    first: int
+    last: int
+    frame: int
+    run_id: str
+
+
+class Lease(NamedTuple):
+    """Records that were delivered together and are not settled.
+
+    Attributes:
+        span: the records.
+        deadline_s: when they come back, on the caller's clock.
+    """
+
+    span: Span
+    deadline_s: float
+
+
+class Leases:
+    """Leases of one member, which do not overlap, by offset."""
+
+    __slots__ = ("_deadlines", "_firsts", "_leases")
+
+    def __init__(self) -> None:
+        self._leases: list[Lease] = []
+        self._firsts: list[int] = []
+        # Every lease was put in here with its deadline, in that order; what is no longer so is found out on looking.
+        self._deadlines: deque[tuple[float, int, int]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._leases)
+
+    def __iter__(self) -> Iterator[Span]:
+        """The spans, ascending."""
+        return (lease.span for lease in self._leases)
+
+    def add(self, span: Span, deadline_s: float) -> None:
+        """Lease records that are not leased. Deadlines never decrease from call to call."""
+        index = bisect_left(self._firsts, span.first)
+        self._firsts.insert(index, span.first)
+        self._leases.insert(index, Lease(span, deadline_s))
+        self._deadlines.append((deadline_s, span.first, span.last))
+
+    def at(self, offset: int) -> Span | None:
+        """The span that holds an offset."""
+        index = bisect_right(self._firsts, offset) - 1
+        if index < 0 or self._leases[index].span.last < offset:
+            return None
+        return self._leases[index].span
+
+    def take(self, first: int, last: int) -> list[Span]:
+        """Take out what is leased from offset ``first`` to ``last``, both inside, ascending."""
+        start, stop = self._overlap(first, last)
+        if start == stop:
+            return []
+        taken = [lease.span for lease in self._leases[start:stop]]
+        kept = []
+        if (head := self._leases[start]).span.first < first:
+            kept.append(Lease(head.span._replace(last=first - 1), head.deadline_s))
+            taken[0] = taken[0]._replace(first=first)
+        if (tail := self._leases[stop - 1]).span.last > last:
+            kept.append(Lease(tail.span._replace(first=last + 1), tail.deadline_s))
+            taken[-1] = taken[-1]._replace(last=last)
+        self._leases[start:stop] = kept
+        self._firsts[start:stop] = [lease.span.first for lease in kept]
+        return taken
+
+    def take_run(self, run_id: str, first: int) -> list[Span]:
+        """Take out what is leased of a run from offset ``first`` on, ascending."""
+        start = max(bisect_right(self._firsts, first) - 1, 0)
+        spans = (lease.span for lease in self._leases[start:])
+        of_run = [span for span in spans if span.run_id == run_id and span.last >= first]
+        return [taken for span in of_run for taken in self.take(max(span.first, first), span.last)]
+
+    def take_all(self) -> list[Span]:
+        """Take out everything, ascending."""
+        taken = list(self)
+        self._leases.clear()
+        self._firsts.clear()
+        self._deadlines.clear()
+        return taken
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When the first of them runs out, on the caller's clock."""
+        while self._deadlines:
+            deadline_s, first, last = self._deadlines[0]
+            if self._due(first, last, deadline_s) is not None:
+                return deadline_s
+            self._deadlines.popleft()
+        return None
+
+    def expired(self, now_s: float) -> Span | None:
+        """A span that was held for too long, or None."""
+        deadline_s = self.next_deadline_s
+        if deadline_s is None or deadline_s > now_s:
+            return None
+        _, first, last = self._deadlines[0]
+        return self._due(first, last, deadline_s)
+
+    def _due(self, first: int, last: int, deadline_s: float) -> Span | None:
+        """What is leased until a time or less, of all between two offsets."""
+        start, stop = self._overlap(first, last)
+        for lease in self._leases[start:stop]:
+            if lease.deadline_s <= deadline_s:
+                return lease.span
+        return None
+
+    def _overlap(self, first: int, last: int) -> tuple[int, int]:
+        start = bisect_right(self._firsts, first)
+        if start and self._leases[start - 1].span.last >= first:
+            start -= 1
+        return start, max(start, bisect_right(self._firsts, last))

@@ -1,0 +1,154 @@
+"""Dead letters of one group: what is stored of them, and what is being replayed."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from esperml.oona.replays import Replays
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from esperml.oona.log import DeadLetter, Log
+
+# Letters that are read, or changed in one transaction, at once.
+_PAGE: Final = 256
+
+
+class Letters:
+    """Dead letters of one group.
+
+    Args:
+        kind: the log.
+        group: the group's name.
+        log: where they are kept.
+        save: stores the group's progress together with :attr:`unsaved`.
+
+    Attributes:
+        replays: those that were given back to the group.
+        unsaved: what is to be stored with the group's progress next, by offset; None: to be deleted.
+    """
+
+    def __init__(self, kind: int, group: str, log: Log, save: Callable[[], asyncio.Future[None]]) -> None:
+        self.replays = Replays()
+        self.unsaved: dict[int, DeadLetter | None] = {}
+        self._kind = kind
+        self._group = group
+        self._log = log
+        self._save = save
+        self._changing = asyncio.Lock()
+        self._offsets: dict[int, None] = {}
+        for offset, replaying in log.letters().get((kind, group), {}).items():
+            self._offsets[offset] = None
+            if replaying:
+                self.replays.add(offset)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def put(self, letter: DeadLetter) -> None:
+        """Have a record that was given up stored with the group's progress. It is not being replayed."""
+        self._offsets[letter.offset] = None
+        self.replays.remove(letter.offset)
+        self.unsaved[letter.offset] = letter
+
+    def acknowledged(self, offset: int) -> None:
+        """Have a letter deleted with the group's progress."""
+        self._offsets.pop(offset, None)
+        self.unsaved[offset] = None
+
+    async def read(self, offset: int) -> DeadLetter | None:
+        """The letter at an offset, if there is one.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+            LogUnavailableError: the log cannot be asked now.
+        """
+        if offset in self.unsaved:
+            return self.unsaved[offset]
+        letters = await self._log.dead_letters(self._kind, self._group, offset, 1)
+        return letters[0] if letters and letters[0].offset == offset else None
+
+    async def end_replays(self, now_ns: int) -> bool:
+        """Make dead letters again of what failed too often when replayed. Returns whether there was any.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+            LogUnavailableError: the log cannot be asked now.
+        """
+        given_up = list(self.replays.given_up.items())
+        for offset, (attempts, reason) in given_up:
+            letter = await self.read(offset)
+            if letter is not None and offset in self.replays.given_up:
+                self.put(replace(letter, attempts=attempts, reason=reason, time_ns=now_ns, replaying=False))
+        return bool(given_up)
+
+    async def page(self, first: int, limit: int) -> tuple[list[DeadLetter], int | None]:
+        """Letters from an offset on, at most ``limit``, and where the next page begins, or None at the end.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+            LogUnavailableError: the log cannot be asked now.
+        """
+        letters = await self._log.dead_letters(self._kind, self._group, first, limit + 1)
+        return letters[:limit], letters[limit].offset if len(letters) > limit else None
+
+    async def replay(self, offsets: Collection[int]) -> int:
+        """Give letters (none named: all) back to the group. Returns how many; those that are being replayed not.
+
+        Raises:
+            LogDamagedError: what is stored cannot be read.
+            LogUnavailableError: the log cannot be asked now; some may have been given back.
+        """
+        count = 0
+        async with self._changing:
+            for chosen in self._chosen(offsets):
+                found = {offset: letter for offset in chosen if (letter := await self.read(offset)) is not None}
+                changed = {
+                    offset: replace(letter, replaying=True)
+                    for offset, letter in found.items()
+                    if offset in self._offsets and offset not in self.replays
+                }
+                if not changed:
+                    continue
+                await self._store(changed)
+                for offset in changed:
+                    if offset in self._offsets:
+                        self.replays.add(offset)
+                count += len(changed)
+        return count
+
+    async def purge(self, offsets: Collection[int]) -> int:
+        """Delete letters (none named: all), also those that are being replayed. Returns how many.
+
+        Raises:
+            LogUnavailableError: the log cannot store now; some may have been deleted.
+        """
+        count = 0
+        async with self._changing:
+            for chosen in self._chosen(offsets):
+                await self._store(dict.fromkeys(chosen))
+                for offset in chosen:
+                    self._offsets.pop(offset, None)
+                    self.replays.remove(offset)
+                count += len(chosen)
+        return count
+
+    def _chosen(self, offsets: Collection[int]) -> Iterator[list[int]]:
+        """The letters among some offsets (none: all of them), a page at a time, ascending."""
+        chosen = sorted(self._offsets.keys() & set(offsets) if offsets else self._offsets)
+        for start in range(0, len(chosen), _PAGE):
+            yield chosen[start : start + _PAGE]
+
+    async def _store(self, changed: Mapping[int, DeadLetter | None]) -> None:
+        self.unsaved.update(changed)
+        try:
+            await self._save()
+        except BaseException:
+            # It was refused: nobody must find it done with the next progress that is stored.
+            for offset, letter in changed.items():
+                if self.unsaved.get(offset, self) is letter:
+                    del self.unsaved[offset]
+            raise
