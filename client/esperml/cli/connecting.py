@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from esperml.client import Credentials
@@ -94,3 +95,28 @@ def server_options(command: Callable[_P, _R]) -> Callable[..., _R]:
     for option in reversed(_OPTIONS):
         decorated = option(decorated)
     return decorated
+
+
+class ServerGroup(click.Group):
+    """A group whose commands take :func:`server_options`, and which takes them before a command's name as well.
+
+    What stands there is handed on to the command, where the same option may be given again and then counts.
+    """
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        taken = server_options(lambda server: server)
+        self.params += taken.__click_params__[::-1]  # type: ignore[attr-defined]
+        callback = self.callback
+        self.callback = None if callback is None else lambda **_: callback()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what stands before the command, and put it behind the command's name."""
+        super().parse_args(ctx, args)
+        given: list[str] = []
+        for option in self.params:
+            name = option.name or ""
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                given += [option.opts[0], *([] if getattr(option, "is_flag", False) else [str(ctx.params[name])])]
+        ctx.args = [*given, *ctx.args]
+        return ctx.args

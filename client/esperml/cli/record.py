@@ -45,7 +45,7 @@ def record(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    r"""Record what goes over the bus into FILE (MCAP), until Ctrl-C or the end that was asked for.
+    """Record what goes over the bus into FILE (MCAP), until Ctrl-C or the end that was asked for.
 
     Everything that was stored before the end is in the file. It is written out every second: should this process be
     killed, all but the last second can be read. `esper replay` puts it back on a bus, `esper trainer train` learns
@@ -65,7 +65,7 @@ def record(
 
     client = OonaClient(server.target, client_id=f"record-{uuid.uuid4().hex}", credentials=server.credentials)
     try:
-        info = run(_record(client, file, kinds, run_ids, start, idle_s, duration_s))
+        info = run(_record(client, file, kinds, run_ids, start, idle_s, duration_s), server)
     except click.ClickException:
         if file.exists() and not describe(file).counts:
             file.unlink()

@@ -61,7 +61,7 @@ def replay(
     as_run: str | None,
     as_json: bool,
 ) -> None:
-    r"""Put the events of the recording FILE on a bus again.
+    """Put the events of the recording FILE on a bus again.
 
     The same replay never stores an event twice: say it again after a crash or Ctrl-C, at any speed, and it goes on
     where it was. Under another run id it is another replay. A recording that is cut off is replayed as far as it is
@@ -81,7 +81,7 @@ def replay(
     selection = Selection(frozenset(kinds or KINDS), frozenset(run_ids), run_prefix, as_run)
     began_s = time.monotonic()
     try:
-        done = run(_replay(server, file, selection, speed))
+        done = run(_replay(server, file, selection, speed), server)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     took_s = time.monotonic() - began_s

@@ -6,15 +6,23 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from esperml.cli.connecting import Server
+    from esperml.client import CallFailedError
 
 _T = TypeVar("_T")
 
 
-def run(work: Coroutine[Any, Any, _T]) -> _T:
+def run(work: Coroutine[Any, Any, _T], server: Server) -> _T:
     """Do the work of a command. What its clients have to say goes to standard error, from warnings on.
+
+    Args:
+        work: the work.
+        server: where it is done, for what an error says.
 
     Raises:
         click.ClickException: it failed as it may fail; the message says what to do.
@@ -27,9 +35,27 @@ def run(work: Coroutine[Any, Any, _T]) -> _T:
     try:
         return asyncio.run(work)
     except CallFailedError as error:
-        raise click.ClickException(error.detail) from error
+        raise click.ClickException(_advice(error, server)) from error
+    except BrokenPipeError:
+        raise  # Whoever read the output has seen enough; click ends quietly.
     except (EsperError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _advice(error: CallFailedError, server: Server) -> str:
+    """What went wrong, and what to do where that can be told."""
+    import grpc
+
+    match error.code:
+        case grpc.StatusCode.UNAVAILABLE if "connect" in error.detail or "resolving" in error.detail:
+            return (
+                f"no server answers at {server.target}: start one with `esper serve`, or name another with --server "
+                f"({error.detail})"
+            )
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return f"the server at {server.target} does not know {error.method}: it is older than this command"
+        case _:
+            return error.detail
 
 
 @contextlib.contextmanager

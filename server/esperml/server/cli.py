@@ -7,8 +7,11 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Final
 
 import click
+
+_FILE: Final = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
@@ -16,7 +19,11 @@ import click
 @click.option("--port", type=int, help="Port to listen on; 0 takes a free one.  [default: 50051]")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the bus's logs.  [default: esper-data]")
 @click.option("--policy", help="Policy that decides: shipped, chance, nothing, or a checkpoint's folder.")
-@click.option("--insecure", is_flag=True, default=None, help="Allow an address beyond loopback without TLS.")
+@click.option("--certificate", type=_FILE, help="Certificate chain of the server (PEM); with --key, it uses TLS.")
+@click.option("--key", type=_FILE, help="Private key of the certificate (PEM).")
+@click.option("--client-ca", type=_FILE, help="Authorities (PEM) of the certificates that clients must have then.")
+@click.option("--tokens", type=_FILE, help="File of tokens, of which every call must show one; see `esper token`.")
+@click.option("--insecure", is_flag=True, default=None, help="Allow an address beyond loopback without TLS and tokens.")
 @click.option("--config", "file", type=click.Path(path_type=Path), help="TOML file of settings.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level to log.")
 @click.option("--log-format", type=click.Choice(["console", "json"]), help="Log for people or for machines.")
@@ -25,12 +32,16 @@ def serve(
     port: int | None,
     data_dir: Path | None,
     policy: str | None,
+    certificate: Path | None,
+    key: Path | None,
+    client_ca: Path | None,
+    tokens: Path | None,
     insecure: bool | None,
     file: Path | None,
     log_level: str | None,
     log_format: str | None,
 ) -> None:
-    r"""Run Oona and Tamiyo in one process.
+    """Run Oona and Tamiyo in one process.
 
     When every service answers, one line of JSON goes to standard output: {"listening": "127.0.0.1:50051"}. The log
     goes to standard error. Ctrl-C or SIGTERM stops it in good order; what was confirmed is on disk either way.
@@ -39,6 +50,7 @@ def serve(
     Examples:
         esper serve --port 50051 --data-dir esper-data
         esper serve --policy policies/mine
+        esper serve --host 0.0.0.0 --certificate server.pem --key server.key --tokens tokens.json
         grpcurl -plaintext -d @ localhost:50051 esperml.v1.Tamiyo/Decide < examples/decide.json
     """
     from esperml.settings import SettingsError, configure_logging, load
@@ -47,6 +59,10 @@ def serve(
         "server.host": host,
         "server.port": port,
         "server.data_dir": data_dir,
+        "server.certificate": certificate,
+        "server.key": key,
+        "server.client_ca": client_ca,
+        "server.tokens": tokens,
         "server.insecure": insecure,
         "tamiyo.policy": policy,
         "log.level": log_level,
@@ -60,6 +76,9 @@ def serve(
 
     from esperml.oona import LogError
     from esperml.server import app
+    from esperml.server.listening import ExposedAddressError
+    from esperml.server.tls import TlsError
+    from esperml.server.tokens import TokensError
     from esperml.tamiyo.checkpoint import CheckpointError
     from esperml.tamiyo.store import UnknownPolicyError
 
@@ -71,7 +90,15 @@ def serve(
 
     try:
         asyncio.run(run())
-    except (OSError, app.ExposedAddressError, LogError, CheckpointError, UnknownPolicyError) as error:
+    except (
+        OSError,
+        ExposedAddressError,
+        TlsError,
+        TokensError,
+        LogError,
+        CheckpointError,
+        UnknownPolicyError,
+    ) as error:
         raise click.ClickException(str(error)) from error
 
 
