@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING, Final
 
 from esperml.oona.log import LogDamagedError
@@ -16,6 +17,8 @@ _APPLICATION_ID: Final = 0x4F6F6E61
 _VERSION: Final = 2
 # Walking every page of a larger file would hold up the start for seconds.
 _FULL_CHECK_BYTES: Final = 256 * 2**20
+# Frames at the end of each log that are checked however large the file is.
+_LAST_FRAMES: Final = 8
 
 _SCHEMA: Final = (
     # One row a published frame; crc32 is that of the batch, which SQLite itself does not check.
@@ -68,6 +71,13 @@ def create_or_check_schema(path: Path, connection: sqlite3.Connection) -> None:
         ).fetchone()
         if last is not None and last[0] != next_offset:
             raise LogDamagedError(f"{path}: is damaged: log {kind} ends at offset {last[0]}, not at {next_offset}")
+        # What a crash can have spoilt is what was written last.
+        for first_offset, crc32, batch in connection.execute(
+            "SELECT first_offset, crc32, batch FROM frames WHERE kind = ? ORDER BY first_offset DESC LIMIT ?",
+            (kind, _LAST_FRAMES),
+        ):
+            if zlib.crc32(batch) != crc32:
+                raise LogDamagedError(f"{path}: is damaged: log {kind}: the frame at offset {first_offset}")
     if version < _VERSION:
         connection.execute("BEGIN IMMEDIATE")
         for earlier in range(version, _VERSION):
