@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from esperml.cli import main
-from esperml.server.app import is_loopback
+from esperml.server.listening import is_loopback
 
 GRPCURL = shutil.which("grpcurl", path=str(Path(sys.executable).parent)) or "grpcurl"
 

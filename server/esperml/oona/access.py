@@ -120,12 +120,14 @@ class Caller:
         role: what it is to the system.
         runs: the runs that it has to do with.
         token_id: tells tokens of one name apart.
+        limited: whether the limits for one token hold for it; they do not for the server's own.
     """
 
     name: str
     role: Role
     runs: RunPatterns
     token_id: str = ""
+    limited: bool = True
 
     def __str__(self) -> str:
         return f"token {self.name!r} (role {self.role}, runs {self.runs})"

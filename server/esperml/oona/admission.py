@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from esperml.oona.access import Caller
     from esperml.settings import OonaSettings
 
+STORAGE_TROUBLE_S: Final = 10.0
+"""Time for which a failure to store counts as trouble that lasts, in s: clients try again sooner."""
+
 MAX_WAIT_S: Final = 1.0
 """Longest time for which a stream over its rate is not read, in s; after it, what it publishes is rejected."""
 
@@ -89,8 +92,13 @@ class Admission:
         self._end = end
         self._client_id = client_id
         name = client_id if self.caller is None else self.caller.publisher(client_id)
-        self._rates = self._doors.rates(name if self.caller is None else self.caller.name)
+        if self.caller is None or self.caller.limited:
+            self._rates = self._doors.rates(name if self.caller is None else self.caller.name)
         return name
+
+    def not_stored(self, problem: str) -> None:
+        """Note that what the stream asked to be stored was not."""
+        self._doors.not_stored(problem)
 
     def end(self, code: grpc.StatusCode, detail: str) -> None:
         """End the stream, if it has begun."""
@@ -174,6 +182,18 @@ class Doors:
         self._inside: set[Admission] = set()
         self._count: dict[str, int] = {}
         self._rates: dict[str, Rates] = {}
+        self._not_stored: tuple[float, str] | None = None
+
+    @property
+    def storage_problem(self) -> str:
+        """What kept the bus from storing just now, in words; empty where nothing did."""
+        if self._not_stored is None or self._clock() >= self._not_stored[0] + STORAGE_TROUBLE_S:
+            return ""
+        return self._not_stored[1]
+
+    def not_stored(self, problem: str) -> None:
+        """Note that the bus could not store something."""
+        self._not_stored = (self._clock(), problem)
 
     @property
     def inside(self) -> Collection[Admission]:
@@ -218,7 +238,11 @@ class Doors:
         """Which limit keeps a caller's stream out; empty where none does."""
         if len(self._inside) >= self.settings.max_streams:
             return f"{len(self._inside)} streams are open, which is the limit"
-        if caller is not None and self._count.get(caller.name, 0) >= self.settings.max_streams_per_token:
+        if (
+            caller is not None
+            and caller.limited
+            and self._count.get(caller.name, 0) >= self.settings.max_streams_per_token
+        ):
             return f"token {caller.name!r} has {self._count[caller.name]} streams open, which is the limit for one"
         return ""
 

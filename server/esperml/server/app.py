@@ -1,24 +1,31 @@
 """Assembles the server: Oona on its embedded log, Tamiyo, health and reflection, in one process.
 
-Tamiyo reaches Oona through the client and over loopback here too, so that nothing changes when it moves elsewhere.
+Tamiyo reaches Oona through the client here too, over loopback and with a token where others need one, so that nothing
+changes when it moves elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Final
 
 import grpc
 import structlog
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from esperml.oona import Broker, OonaService, SqliteLog, add_to_server, server_options
+from esperml.client.credentials import NO_CREDENTIALS, Credentials
+from esperml.oona import Broker, Doors, OonaService, SqliteLog, add_to_server, server_options
+from esperml.oona.access import Role
 from esperml.oona.retention import Retention
+from esperml.server.interceptor import TokenInterceptor
+from esperml.server.listening import check_exposure, listen
+from esperml.server.tls import Certificates
+from esperml.server.watch import Health, TokensFile, watch
 from esperml.settings import Settings
 from esperml.tamiyo.controller import Controller
 from esperml.tamiyo.loop import TamiyoLoop
@@ -27,10 +34,6 @@ from esperml.tamiyo.store import PolicyStore
 from esperml.v1 import oona_pb2, runs_pb2, runs_pb2_grpc, tamiyo_pb2, tamiyo_pb2_grpc
 
 _log = structlog.get_logger(__name__)
-
-EXPOSED_WITHOUT_TLS: Final = (
-    "without TLS and tokens the server listens on loopback only; pass --insecure to listen on {host} all the same"
-)
 
 SERVICES: Final = tuple(
     descriptor.full_name
@@ -42,31 +45,16 @@ SERVICES: Final = tuple(
 )
 
 
-class ExposedAddressError(ValueError):
-    """The server was told to listen beyond loopback, and not that it may do so without TLS."""
-
-    def __init__(self, host: str) -> None:
-        super().__init__(EXPOSED_WITHOUT_TLS.format(host=host))
-        self.host = host
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``. Of names, only ``localhost`` counts as that."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-
-
-def _reachable(host: str, port: int) -> str:
-    """The address by which this process reaches itself: nothing connects to "any address"."""
-    return _address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)  # noqa: S104
+def transport_options(settings: Settings) -> list[tuple[str, int]]:
+    """Options of the gRPC server: what the bus needs, and how much a peer may do before it has said anything."""
+    return [
+        *server_options(settings.oona),
+        ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", round(settings.server.handshake_timeout_s * 1000)),
+        ("grpc.max_connection_idle_ms", round(settings.server.idle_timeout_s * 1000)),
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.max_concurrent_streams", settings.oona.max_streams),
+    ]
 
 
 async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
@@ -78,14 +66,16 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
         ready: called once with the address, ``host:port``, when every service answers.
 
     Raises:
-        ExposedAddressError: the address is beyond loopback and ``server.insecure`` is not set.
+        ExposedAddressError: the address is beyond loopback, without TLS or tokens and ``server.insecure``.
+        TlsError: the certificate, its key or the authorities of clients cannot be used.
+        TokensError: the file of tokens cannot be used.
         OSError: the address is taken, or the data folder cannot be written.
         LogError: the log is damaged, or another server has it open.
         CheckpointError: the policy does not load.
     """
-    host = settings.server.host
-    if not settings.server.insecure and not is_loopback(host):
-        raise ExposedAddressError(host)
+    check_exposure(settings.server)
+    certificates = Certificates.from_settings(settings.server)
+    file = None if settings.server.tokens is None else TokensFile(settings.server.tokens)
     torch.set_num_threads(settings.tamiyo.threads)
     policies = PolicyStore.from_settings(settings.tamiyo)
     settings.server.data_dir.mkdir(parents=True, exist_ok=True)
@@ -99,32 +89,79 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
         )
         stack.push_async_callback(log.close)
         await stack.enter_async_context(Retention(log, settings.oona.retention).running())
-        oona = OonaService(Broker(log, settings.oona))
+        doors = Doors(settings.oona)
+        oona = OonaService(Broker(log, settings.oona), doors)
         controller = Controller(policies, settings.tamiyo)
-        loop = TamiyoLoop(controller)
+        own = NO_CREDENTIALS
+        interceptors = []
+        if file is not None:
+            own = Credentials(token=file.tokens.add_internal("tamiyo@server", Role.CONTROLLER))
+            interceptors.append(TokenInterceptor(file.tokens, doors.refusals))
+        loop = TamiyoLoop(controller, credentials=own)
         checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
 
-        server = grpc.aio.server(options=[*server_options(settings.oona), ("grpc.so_reuseport", 0)])
+        server = grpc.aio.server(interceptors=interceptors, options=transport_options(settings))
         add_to_server(oona, server)
         tamiyo_pb2_grpc.add_TamiyoServicer_to_server(TamiyoService(controller), server)
         runs_pb2_grpc.add_RunsServicer_to_server(RunsService(controller, loop.publish), server)
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        address = _address(host, settings.server.port)
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: is another server there?") from error
-
+        address, inside = listen(server, settings.server, certificates, stack)
         await server.start()
         stack.push_async_callback(server.stop, settings.server.shutdown_grace_s)
         stack.callback(oona.shut_down)
-        await stack.enter_async_context(loop.running(_reachable(host, port)))
+        await stack.enter_async_context(_in_background(loop.running(inside), "tamiyo_stopped"))
         stack.push_async_callback(checks.enter_graceful_shutdown)
-        for service in (*SERVICES, ""):
-            await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-        address = _address(host, port)
-        _log.info("serving", address=address, policy=policies.default.facts.name, durability=log.durability)
+
+        def tamiyo_problem() -> str:
+            return "" if loop.is_running else "Tamiyo has stopped; the log says why"
+
+        state = Health(checks, dict(zip(SERVICES, (lambda: doors.storage_problem, *[tamiyo_problem] * 2), strict=True)))
+        await state.refresh()
+        watching = asyncio.create_task(watch(doors, file, state))
+        watching.add_done_callback(partial(_say_if_failed, "watch_stopped"))
+        stack.callback(watching.cancel)
+        _log.info(
+            "serving",
+            address=address,
+            tls="none" if certificates is None else "mutual" if settings.server.client_ca else "server",
+            tokens=file is not None,
+            policy=policies.default.facts.name,
+            durability=log.durability,
+        )
         ready(address)
         await stop.wait()
         _log.info("stopping")
+
+
+@contextlib.asynccontextmanager
+async def _in_background(service: contextlib.AbstractAsyncContextManager[None], stopped: str) -> AsyncIterator[None]:
+    """Keep a service going beside the others: what ends it is logged as ``stopped``, and ends nothing else.
+
+    Raises:
+        Exception: whatever kept it from starting.
+    """
+    started = asyncio.Event()
+
+    async def run() -> None:
+        async with service:
+            started.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(run())
+    starting = asyncio.create_task(started.wait())
+    try:
+        await asyncio.wait([task, starting], return_when=asyncio.FIRST_COMPLETED)
+        if not started.is_set():
+            await task
+        task.add_done_callback(partial(_say_if_failed, stopped))
+        yield
+    finally:
+        starting.cancel()
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _say_if_failed(event: str, task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error(event, exc_info=error)

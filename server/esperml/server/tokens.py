@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -211,7 +212,7 @@ class Tokens:
         entry = Entry.model_construct(
             id=token_id, name=name, role=role, runs=("*",), sha256=_hash(token), created_at=datetime.now(UTC)
         )
-        self._internal[token_id] = (entry, _caller(entry))
+        self._internal[token_id] = (entry, replace(_caller(entry), limited=False))
         return token
 
     def identify(self, token: str, now: datetime | None = None) -> Caller | str:

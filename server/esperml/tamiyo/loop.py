@@ -101,6 +101,11 @@ class TamiyoLoop:
             finally:
                 self._client = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it is on the bus."""
+        return self._client is not None
+
     async def publish(self, outgoing: Outgoing) -> None:
         """Put events on the bus, in order within each kind, and return when all are stored.
 
