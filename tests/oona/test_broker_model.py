@@ -281,7 +281,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def _ack(self, member: Reader, ack: oona_pb2.Ack) -> None:
         async def send() -> None:
-            _, stored = member.subscription.ack(ack)
+            stored = member.subscription.ack(ack)
             await stored
 
         self.runner.run(send())

@@ -11,7 +11,7 @@ from esperml.oona.members import MemberReader, SharedGroup
 from esperml.oona.ranges import RangeSet
 from esperml.oona.rejection import RequestRejectedError, from_log_error, invalid
 from esperml.oona.retention import limits_of, retention
-from esperml.oona.subscriptions import PrivateReader, Subscription
+from esperml.oona.subscriptions import PrivateReader
 from esperml.oona.topic import Topic
 from esperml.oona.validation import (
     ack_deadline_s,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from esperml.oona.log import DeadLetter, Log
-    from esperml.oona.subscriptions import Emit
+    from esperml.oona.subscriptions import Emit, ServedSubscription
     from esperml.settings import OonaSettings
 
 
@@ -91,8 +91,8 @@ class Broker:
         confirmed.add_done_callback(lambda future: future.cancelled() or future.exception())
         return confirmed
 
-    async def subscribe(self, subscribe: oona_pb2.Subscribe, emit: Emit, reader: str = "") -> Subscription:
-        """Make a subscription; its :meth:`Subscription.run` sends frames through ``emit``.
+    async def subscribe(self, subscribe: oona_pb2.Subscribe, emit: Emit, reader: str = "") -> ServedSubscription:
+        """Make a subscription; its :meth:`ServedSubscription.run` sends frames through ``emit``.
 
         ``reader`` names who asks, by the name that it has when it comes again.
 
@@ -217,7 +217,7 @@ class Broker:
                     group.purged(topic.bounds.earliest)
         topic.wake()
 
-    async def _join(self, subscribe: oona_pb2.Subscribe, emit: Emit, reader: str) -> Subscription:
+    async def _join(self, subscribe: oona_pb2.Subscribe, emit: Emit, reader: str) -> MemberReader:
         deadline_s = ack_deadline_s(subscribe, self.settings.ack_deadline_s)
         again = redelivery(subscribe, self.settings.redelivery)
         run_ids = frozenset(subscribe.run_ids)

@@ -48,7 +48,7 @@ class GroupRecord:
     Attributes:
         progress: what the group has done.
         gateway: the gateway that coordinates it.
-        owners: runs and the members that had them when that gateway last saved.
+        owners: runs and the members that had them when that was last noted.
         save_id: the save that wrote this.
         sequence: of the message that says so; 0: none does.
         letters: its dead letters by offset, and whether they are being replayed.
@@ -66,7 +66,7 @@ class GroupRecord:
 class _Saving:
     """What is to be saved of one group, beyond what is being saved."""
 
-    progress: GroupProgress
+    progress: GroupProgress | None
     letters: dict[int, DeadLetter | None]
     futures: list[asyncio.Future[None]]
 
@@ -84,15 +84,15 @@ class GroupStore:
         stream: the stream's name.
         subjects: everything in it.
         records: what the cluster holds.
-        owners: gives the present owners of a group's runs, to be saved with its progress.
         lost: called with a group that another gateway has taken.
+        claimed_only: whether a group must be claimed before it can be saved.
     """
 
     def __init__(self, link: Link, prefix: str, gateway: str, timeout_s: float) -> None:
         self.stream = f"{prefix}_GROUPS".upper()
         self.subjects = f"{prefix}._group.>"
         self.records: dict[GroupKey, GroupRecord] = {}
-        self.owners: Callable[[GroupKey], Mapping[str, str]] = lambda _: {}
+        self.claimed_only = False
         self.lost: Callable[[GroupKey], None] = lambda _: None
         self._link = link
         self._prefix = f"{prefix}._group."
@@ -121,6 +121,31 @@ class GroupStore:
         if key not in self._savers:
             self._savers[key] = asyncio.create_task(self._save(key), name=f"oona-group-{key[1]}")
         return future
+
+    async def claim(self, key: GroupKey) -> bool:
+        """Coordinate a group from now on, unless another gateway was faster. Returns whether it was not.
+
+        Raises:
+            LogUnavailableError: it could not be saved.
+        """
+        record = self.records.setdefault(key, GroupRecord())
+        try:
+            await self._store_once(key, record, _Saving(record.progress, {}, []), new_id())
+        except LogUnavailableError:
+            # Somebody was faster, or it was saved and only the confirmation got lost.
+            await self.catch_up()
+        return record.gateway == self._gateway
+
+    def forget_claims(self) -> None:
+        """Save nothing of any group until it is claimed again."""
+        for record in self.records.values():
+            if record.gateway == self._gateway:
+                record.gateway = ""
+
+    async def save_owners(self, key: GroupKey, owners: Mapping[str, str]) -> None:
+        """Note which member has which runs. Raises :class:`LogUnavailableError`."""
+        body = json.dumps(dict(owners), separators=(",", ":")).encode()
+        await self._link.store(Message(f"{self._root(key)}.owners", body, {}))
 
     async def drain(self) -> None:
         """Wait until nothing waits to be saved."""
@@ -164,6 +189,8 @@ class GroupStore:
         mine = {new_id()}
         record = self.records.setdefault(key, GroupRecord())
         held = record.gateway == self._gateway
+        if self.claimed_only and not held:
+            raise GroupMovedError(key[1])
         while True:
             save_id = new_id()
             mine.add(save_id)
@@ -203,15 +230,14 @@ class GroupStore:
         while len(letters) > _MAX_LETTERS:
             await self._link.store_batch(letters[:_MAX_LETTERS], new_id())
             del letters[:_MAX_LETTERS]
-        owners = dict(self.owners(key))
         expected = {"Nats-Expected-Last-Subject-Sequence": str(record.sequence)}
-        body = _encode_progress(saving.progress, owners, self._gateway, save_id)
+        body = _encode_progress(saving.progress, self._gateway, save_id)
         progress = Message(f"{self._root(key)}.progress", body, expected)
         if letters:
             last = await self._link.store_batch([progress, *letters], new_id())
         else:
             last = await self._link.store(progress)
-        record.progress, record.owners = saving.progress, owners
+        record.progress = saving.progress
         record.gateway, record.save_id = self._gateway, save_id
         record.sequence = last - len(letters)
         for offset, letter in saving.letters.items():
@@ -224,15 +250,19 @@ class GroupStore:
         if what == "letter":
             _note_letter(record, int(rest[0]), decode_letter(subject, data).replaying if data else None)
             return
+        if what == "owners":
+            record.owners = json.loads(data)
+            return
         if sequence <= record.sequence:
             return  # Our own, noted when it was saved.
         before = record.gateway
         try:
             body = json.loads(data)
-            record.progress = GroupProgress(
-                body["committed"], RangeSet(map(tuple, body["done"])), tuple(map(tuple, body["attempts"]))
-            )
-            record.owners, record.gateway, record.save_id = body["owners"], body["gateway"], body["save"]
+            if "committed" in body:
+                record.progress = GroupProgress(
+                    body["committed"], RangeSet(map(tuple, body["done"])), tuple(map(tuple, body["attempts"]))
+                )
+            record.gateway, record.save_id = body["gateway"], body["save"]
         except (KeyError, TypeError, ValueError) as error:
             raise LogDamagedError(f"the progress on {subject} was not written by a bus") from error
         record.sequence = sequence
@@ -253,15 +283,14 @@ def _note_letter(record: GroupRecord, offset: int, replaying: bool | None) -> No
         record.letters[offset] = replaying
 
 
-def _encode_progress(progress: GroupProgress, owners: Mapping[str, str], gateway: str, save_id: str) -> bytes:
-    body = {
-        "committed": progress.committed,
-        "done": list(progress.done),
-        "attempts": list(progress.attempts),
-        "owners": owners,
-        "gateway": gateway,
-        "save": save_id,
-    }
+def _encode_progress(progress: GroupProgress | None, gateway: str, save_id: str) -> bytes:
+    body: dict[str, object] = {"gateway": gateway, "save": save_id}
+    if progress is not None:
+        body |= {
+            "committed": progress.committed,
+            "done": list(progress.done),
+            "attempts": list(progress.attempts),
+        }
     return json.dumps(body, separators=(",", ":")).encode()
 
 

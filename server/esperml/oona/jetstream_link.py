@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
     from nats.aio.msg import Msg
+    from nats.aio.subscription import Subscription
 
     from esperml.settings import JetStreamSettings
 
@@ -169,9 +170,26 @@ class Link:
             with suppress(nats.errors.Error):
                 await self._client.publish(subject, data, reply=reply)
 
-    async def subscribe(self, subject: str, on_message: Callable[[Msg], Awaitable[None]]) -> None:
-        """Call ``on_message`` with every message that is sent to ``subject``, until the connection is closed."""
-        await self._client.subscribe(subject, cb=on_message)
+    async def subscribe(self, subject: str, on_message: Callable[[Msg], Awaitable[None]]) -> Subscription:
+        """Call ``on_message`` with every message that is sent to ``subject``.
+
+        Raises:
+            LogUnavailableError: there is no connection.
+        """
+        self._check_connected()
+        try:
+            return await self._client.subscribe(subject, cb=on_message)
+        except nats.errors.Error as error:
+            raise self._unreachable(error) from error
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        """End what :meth:`subscribe` began."""
+        with suppress(nats.errors.Error):
+            await subscription.unsubscribe()
+
+    async def ask(self, subject: str, data: bytes) -> bytes:
+        """Ask whoever listens on a subject. Raises :class:`LogUnavailableError` where nobody answers in time."""
+        return (await self._request(subject, data)).data
 
     async def store(self, message: Message) -> int:
         """Store one message. Returns its sequence; raises as :meth:`store_batch` does."""

@@ -48,7 +48,11 @@ async def create_streams(link: Link, settings: JetStreamSettings) -> int:
     wanted: list[dict[str, object]] = [
         {"name": name.stream, "subjects": [name.subjects], **_WANTED, "num_replicas": replicas} for name in names
     ]
-    groups = {"name": f"{prefix}_GROUPS".upper(), "subjects": [f"{prefix}._group.>"], "max_msgs_per_subject": 1}
+    groups = {
+        "name": f"{prefix}_GROUPS".upper(),
+        "subjects": [f"{prefix}._group.>", f"{prefix}._gateway.*"],
+        "max_msgs_per_subject": 1,
+    }
     wanted.append({**groups, **_WANTED, "num_replicas": replicas})
     try:
         async with asyncio.timeout(settings.timeout_s):

@@ -195,8 +195,8 @@ class MemberReader(Subscription):
         super().close()
         self._group.leave(self._member)
 
-    def ack(self, ack: oona_pb2.Ack) -> tuple[int, asyncio.Future[None]]:
-        """Settle records. Returns the offset below which the group is done, and a future for when that is stored."""
+    def ack(self, ack: oona_pb2.Ack) -> asyncio.Future[int]:
+        """Settle records; see :meth:`esperml.oona.subscriptions.ServedSubscription.ack`."""
         state, letters, member = self._group.state, self._group.letters, self._member
         now_s = asyncio.get_running_loop().time()
         for settled in ack.acked:
@@ -215,7 +215,7 @@ class MemberReader(Subscription):
             for offset in ack.nacked:
                 letters.replays.nack(member, offset, now_s)
         self._waker.set()
-        return state.committed, self._group.save()
+        return _when_stored(state.committed, self._group.save())
 
     def _end(self) -> oona_pb2.Closed | None:
         if self._group.fell_behind(self._member):
@@ -291,3 +291,21 @@ class MemberReader(Subscription):
         if self._frame is None or self._frame.first_offset != first_offset:
             self._frame = self._topic.cached(first_offset)
         return self._frame
+
+
+def _when_stored(committed: int, stored: asyncio.Future[None]) -> asyncio.Future[int]:
+    """A future of the offset, done or failed with ``stored``."""
+    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def settle(stored: asyncio.Future[None]) -> None:
+        if future.done() or stored.cancelled():
+            future.cancel()
+        elif (error := stored.exception()) is not None:
+            future.set_exception(error)
+            # Who asked may be gone; that is no error nobody handled.
+            future.exception()
+        else:
+            future.set_result(committed)
+
+    stored.add_done_callback(settle)
+    return future

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 
 from esperml.oona.log import Appended, LogDamagedError, LogError, LogUnavailableError
-from esperml.oona.members import MemberReader
 from esperml.oona.ranges import RangeSet
 from esperml.oona.rejection import RequestRejectedError, from_log_error, invalid
 from esperml.oona.validation import check_ack, check_client_id, check_grant
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from esperml.oona.admission import Admission
     from esperml.oona.broker import Broker
-    from esperml.oona.subscriptions import Subscription
+    from esperml.oona.subscriptions import ServedSubscription
 
 # Frames that wait for the transport; a client that reads nothing costs no more than these.
 _OUTBOX_FRAMES: Final = 4
@@ -95,7 +94,7 @@ class ClientStream:
         self._admission = admission
         self._read = read
         self._write = write
-        self._subscriptions: dict[int, tuple[Subscription, asyncio.Task[None]]] = {}
+        self._subscriptions: dict[int, tuple[ServedSubscription, asyncio.Task[None]]] = {}
         # Those that ended unasked: the client may not know yet, and its credit for them is no mistake.
         self._ended_subscriptions = RangeSet()
         self._outbox: asyncio.Queue[oona_pb2.StreamResponse | bytes] = asyncio.Queue(_OUTBOX_FRAMES)
@@ -265,11 +264,8 @@ class ClientStream:
     async def _ack(self, request: oona_pb2.StreamRequest) -> None:
         check_ack(request.ack)
         subscription, _ = self._subscription("ack", request.ack.subscription_id)
-        if not isinstance(subscription, MemberReader):
-            raise invalid("ack.subscription_id", "is a private reader, which has nothing to acknowledge")
-        committed, stored = subscription.ack(request.ack)
-        response = oona_pb2.StreamResponse(acked=oona_pb2.Acked(committed_offset=committed))
-        await self._unanswered.put(_Unanswered(request.request_id, 0, stored, lambda _: response))
+        stored = subscription.ack(request.ack)
+        await self._unanswered.put(_Unanswered(request.request_id, 0, stored, _acked))
 
     async def _subscribe(self, request: oona_pb2.StreamRequest, tasks: asyncio.TaskGroup) -> None:
         subscription_id = request.subscribe.subscription_id
@@ -296,7 +292,7 @@ class ClientStream:
         task = tasks.create_task(self._run_subscription(subscription))
         self._subscriptions[subscription_id] = (subscription, task)
 
-    async def _run_subscription(self, subscription: Subscription) -> None:
+    async def _run_subscription(self, subscription: ServedSubscription) -> None:
         try:
             await subscription.run()
         except LogDamagedError as error:
@@ -318,7 +314,7 @@ class ClientStream:
         closed = oona_pb2.Closed(subscription_id=subscription_id, reason=oona_pb2.CLOSE_REASON_UNSUBSCRIBED)
         await self._put(oona_pb2.StreamResponse(request_id=request.request_id, closed=closed))
 
-    def _subscription(self, request: str, subscription_id: int) -> tuple[Subscription, asyncio.Task[None]]:
+    def _subscription(self, request: str, subscription_id: int) -> tuple[ServedSubscription, asyncio.Task[None]]:
         if (found := self._subscriptions.get(subscription_id)) is None:
             raise RequestRejectedError(
                 oona_pb2.REJECT_REASON_UNKNOWN_SUBSCRIPTION,
@@ -329,6 +325,10 @@ class ClientStream:
 
 def _rejected(error: RequestRejectedError, _: None) -> oona_pb2.StreamResponse:
     return oona_pb2.StreamResponse(rejected=error.to_proto())
+
+
+def _acked(committed: int) -> oona_pb2.StreamResponse:
+    return oona_pb2.StreamResponse(acked=oona_pb2.Acked(committed_offset=committed))
 
 
 def _published(appended: Appended) -> oona_pb2.StreamResponse:

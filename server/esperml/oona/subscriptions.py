@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from esperml.oona.credit import Credit
 from esperml.oona.deliveries import DeliveryBuilder
+from esperml.oona.rejection import invalid
 from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
@@ -24,8 +25,47 @@ if TYPE_CHECKING:
 _PROGRESS_INTERVAL_S: Final = 0.1
 
 
+class ServedSubscription(Protocol):
+    """What a stream asks of a subscription, wherever that is served.
+
+    Attributes:
+        subscription_id: its number on the stream.
+        start_offset: offset from which it reads.
+    """
+
+    subscription_id: int
+    start_offset: int
+
+    @property
+    def high_watermark(self) -> int:
+        """Offset of the next record to be stored."""
+        ...
+
+    def grant(self, messages: int, size: int) -> None:
+        """Add credit."""
+        ...
+
+    def ack(self, ack: oona_pb2.Ack) -> asyncio.Future[int]:
+        """Settle records. Returns a future of the offset below which the group is done, for when that is stored.
+
+        Raises:
+            RequestRejectedError: there is nothing to acknowledge.
+        """
+        ...
+
+    async def run(self) -> None:
+        """Send records as credit allows; see :meth:`Subscription.run`."""
+        ...
+
+    def close(self) -> None:
+        """Take no further part."""
+        ...
+
+
 class Subscription(ABC):
-    """One subscription. Somebody must await :meth:`run`, and call :meth:`close` whatever becomes of that.
+    """One subscription, served from the log.
+
+    Somebody must await :meth:`run`, and call :meth:`close` whatever becomes of that.
 
     Args:
         subscription_id: its number on the stream.
@@ -60,6 +100,10 @@ class Subscription(ABC):
         """Add credit."""
         self._credit.grant(messages, size)
         self._waker.set()
+
+    def ack(self, ack: oona_pb2.Ack) -> asyncio.Future[int]:
+        """Settle records; see :meth:`ServedSubscription.ack`."""
+        raise invalid("ack.subscription_id", "is a private reader, which has nothing to acknowledge")
 
     def close(self) -> None:
         """Take no further part. What a member was delivered and did not settle goes to others."""
