@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from esperml import kasmina
 from esperml.kasmina import topology
-from esperml.v1 import decision_pb2, event_pb2
+from esperml.v1 import decision_pb2, event_pb2, run_pb2
 
 
 @pytest.fixture(autouse=True)
@@ -234,14 +234,17 @@ class Bench:
     def __init__(self) -> None:
         self.events: list[tuple[int, event_pb2.Event]] = []
         self.waiting: list[decision_pb2.Command] = []
+        self.notices: list[run_pb2.Notice] = []
+        self.other: list[event_pb2.Event] = []
         self.link = kasmina.LocalLink(self._handle)
 
     def _handle(self, kind, event):
         self.events.append((kind, event))
-        commands, self.waiting = self.waiting, []
-        return [
-            (event_pb2.KIND_COMMANDS, event_pb2.Event(run_id=event.run_id, command=command)) for command in commands
-        ]
+        answers = [event_pb2.Event(run_id=event.run_id, command=command) for command in self.waiting]
+        answers += [event_pb2.Event(run_id=event.run_id, notice=notice) for notice in self.notices]
+        answers += self.other
+        self.waiting, self.notices, self.other = [], [], []
+        return [(event_pb2.KIND_COMMANDS, answer) for answer in answers]
 
     def payloads(self, name: str) -> list[Any]:
         return [getattr(event, name) for _, event in self.events if event.WhichOneof("payload") == name]

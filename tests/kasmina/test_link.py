@@ -64,7 +64,7 @@ async def test_a_command_over_the_wire_is_carried_out(case, bus, germination):
     def during(step, session):
         if step == 10:
             assert reached.wait(DEADLINE_S)
-            wait_until(lambda: session._link._commands or session.decisions_applied)
+            wait_until(lambda: session._link._received or session.decisions_applied)
 
     async def controller():
         async with (

@@ -137,7 +137,8 @@ def told(outgoing):
     """What was published, sorted by kind."""
     return SimpleNamespace(
         decisions=[event.decision for kind, event in outgoing if kind == event_pb2.KIND_DECISIONS],
-        commands=[event.command for kind, event in outgoing if kind == event_pb2.KIND_COMMANDS],
+        commands=[event.command for _, event in outgoing if event.HasField("command")],
+        notices=[event.notice for _, event in outgoing if event.HasField("notice")],
         experience=[event.experience for kind, event in outgoing if kind == event_pb2.KIND_EXPERIENCE],
     )
 

@@ -4,7 +4,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from esperml.tamiyo.controller import NotPendingError, UnknownRunError
 from esperml.tamiyo.experience import was_carried_out
 from esperml.tamiyo.validate import check_state
-from esperml.v1 import decision_pb2, event_pb2, graph_pb2, runs_pb2
+from esperml.v1 import decision_pb2, event_pb2, graph_pb2, run_pb2, runs_pb2
 
 NOW = Timestamp(seconds=5)
 TELEMETRY, EVENTS, OUTCOMES = event_pb2.KIND_TELEMETRY, event_pb2.KIND_EVENTS, event_pb2.KIND_OUTCOMES
@@ -132,6 +132,13 @@ def test_without_trust_nothing_is_sent(tools, tmp_path, mode, disposition):
     taken = [one.decisions[0].disposition for one in told if one.decisions[0].HasField("target")]
     assert set(taken) == {disposition}
     assert not any(one.commands for one in told)
+    notices = [notice for one in told for notice in one.notices]
+    assert {notice.code for notice in notices} == {run_pb2.NOTICE_CODE_PROPOSED}
+    assert [notice.decision.disposition for notice in notices] == taken
+
+
+def test_nothing_is_proposed_where_tamiyo_acts(tools, host):
+    assert not any(tools.told(host.report(step)).notices for step in range(100, 1500, 100))
 
 
 @pytest.fixture
@@ -160,6 +167,7 @@ def test_a_vetoed_decision_is_not_sent_and_keeps_the_reason(tools, advised):
     assert told.decisions[0].disposition == decision_pb2.DISPOSITION_VETOED
     assert "not today" in told.decisions[0].reason
     assert not told.commands
+    assert told.notices[0].decision == told.decisions[0]
     assert not advised.controller.pending("run")
 
 

@@ -218,6 +218,13 @@ async def test_a_person_approves_one_decision_and_vetoes_another(served, pending
         event_pb2.KIND_DECISIONS,
         event_pb2.KIND_COMMANDS,
         event_pb2.KIND_DECISIONS,
+        event_pb2.KIND_COMMANDS,
+    ]
+    assert [event.WhichOneof("payload") for _, event in served.published] == [
+        "decision",
+        "command",
+        "decision",
+        "notice",
     ]
     for call in (served.runs.approve, served.runs.veto):
         with pytest.raises(PreconditionError, match="not pending"):

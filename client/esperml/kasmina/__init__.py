@@ -20,6 +20,7 @@ from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.grpc_link import GrpcLink
 from esperml.kasmina.host import Host, KasminaLayer, Place, host_of, wrap
 from esperml.kasmina.link import Link, LinkStatistics, LocalLink
+from esperml.kasmina.proposals import Proposal
 from esperml.kasmina.seeds import Seed
 from esperml.kasmina.session import Session, connect
 from esperml.kasmina.summary import Summary
@@ -37,6 +38,7 @@ __all__ = [
     "LinkStatistics",
     "LocalLink",
     "Place",
+    "Proposal",
     "RefusedError",
     "Seed",
     "Session",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Final
 
 from torch.optim import Optimizer
 
 from esperml.kasmina.measures import representable
 from esperml.kasmina.seeds import Seed
 from esperml.v1 import health_pb2
+
+_MOST: Final = 2**32 - 1
 
 
 def seed_signal(seed: Seed, gradient_norm: float | None) -> health_pb2.SeedSignal:
@@ -32,6 +36,15 @@ def learning_rate(optimizer: Optimizer) -> float | None:
     """That of the first group; ``None`` where it has none, or none that makes sense."""
     rate = float(optimizer.param_groups[0].get("lr", -1.0))
     return rate if representable(rate) and rate >= 0 else None
+
+
+def as_epoch(epoch: object) -> int | None:
+    """An epoch as the contract can tell it; ``None`` where it is no whole number from 0."""
+    try:
+        number = operator.index(epoch)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return number if 0 <= number <= _MOST else None
 
 
 @cache

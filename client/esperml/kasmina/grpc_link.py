@@ -26,7 +26,7 @@ from esperml.client.errors import (
 from esperml.client.oona import OonaClient
 from esperml.contract import kind_name
 from esperml.kasmina.link import LinkStatistics
-from esperml.v1 import decision_pb2, event_pb2
+from esperml.v1 import event_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ class GrpcLink:
         self._published = 0
         self._reports_dropped = 0
         self._others_dropped = 0
-        self._commands: deque[decision_pb2.Command] = deque()
+        self._received: deque[event_pb2.Event] = deque()
         self._sender_seconds = 0.0
         self._oona: OonaClient | None = None
         self._in_flight = 0
@@ -109,12 +109,12 @@ class GrpcLink:
         if idle:
             self._notify()
 
-    def commands(self) -> list[decision_pb2.Command]:
-        """The commands that came since the last call, oldest first."""
-        commands: list[decision_pb2.Command] = []
-        while self._commands:
-            commands.append(self._commands.popleft())
-        return commands
+    def received(self) -> list[event_pb2.Event]:
+        """What was sent to the run since the last call, oldest first."""
+        received: list[event_pb2.Event] = []
+        while self._received:
+            received.append(self._received.popleft())
+        return received
 
     def statistics(self) -> LinkStatistics:
         """What the link did so far."""
@@ -200,13 +200,13 @@ class GrpcLink:
                 self._oona = None
 
     async def _read(self, oona: OonaClient, asked: asyncio.Event) -> None:
-        """Read the run's commands, once the server allows it; ``asked`` is set as soon as it has been asked."""
+        """Read what is sent to the run, once the server allows it; ``asked`` is set as soon as it has been asked."""
         while True:
             try:
                 async with oona.subscribe(event_pb2.KIND_COMMANDS, run_ids=[self._run_id]) as subscription:
                     asked.set()
                     async for record in subscription:
-                        self._commands.append(record.event.command)
+                        self._received.append(record.event)
             except ForbiddenError as error:
                 self._tell_once("commands_forbidden", error.message)
                 asked.set()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from esperml.v1 import decision_pb2, event_pb2
+from esperml.v1 import event_pb2
 
 Kind: TypeAlias = "event_pb2.Kind.ValueType"
 Handler: TypeAlias = "Callable[[Kind, event_pb2.Event], list[tuple[Kind, event_pb2.Event]]]"
@@ -39,8 +39,8 @@ class Link(Protocol):
         """Take an event to be sent. Events of one kind keep their order."""
         ...
 
-    def commands(self) -> list[decision_pb2.Command]:
-        """The commands that came since the last call, oldest first."""
+    def received(self) -> list[event_pb2.Event]:
+        """What was sent to the run since the last call, of the kind commands, oldest first."""
         ...
 
     def statistics(self) -> LinkStatistics:
@@ -63,22 +63,22 @@ class LocalLink:
     def __init__(self, handle: Handler, sink: Sink | None = None) -> None:
         self._handle = handle
         self._sink = sink
-        self._commands: deque[decision_pb2.Command] = deque()
+        self._received: deque[event_pb2.Event] = deque()
 
     def publish(self, kind: Kind, event: event_pb2.Event) -> None:
-        """Hand the event to the sink and the controller; keep the commands that come back."""
+        """Hand the event to the sink and the controller; keep the commands and notices that come back."""
         if self._sink is not None:
             self._sink(kind, event)
         for answer_kind, answer in self._handle(kind, event):
             if self._sink is not None:
                 self._sink(answer_kind, answer)
             if answer_kind == event_pb2.KIND_COMMANDS and answer.run_id == event.run_id:
-                self._commands.append(answer.command)
+                self._received.append(answer)
 
-    def commands(self) -> list[decision_pb2.Command]:
-        """The commands that came since the last call, oldest first."""
-        drained = list(self._commands)
-        self._commands.clear()
+    def received(self) -> list[event_pb2.Event]:
+        """The commands and notices that came since the last call, oldest first."""
+        drained = list(self._received)
+        self._received.clear()
         return drained
 
     def statistics(self) -> LinkStatistics:

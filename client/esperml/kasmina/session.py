@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import traceback
+import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
@@ -15,21 +17,19 @@ from torch.optim import Optimizer
 
 from esperml.client.credentials import Credentials
 from esperml.client.events import new_event
-from esperml.kasmina import stages
 from esperml.kasmina.clock import StepClock
 from esperml.kasmina.commands import Commander
-from esperml.kasmina.evaluation import Evaluator, evaluate_host, evaluate_without
-from esperml.kasmina.figures import client_version, learning_rate, seed_signal
+from esperml.kasmina.evaluation import Evaluator
+from esperml.kasmina.figures import as_epoch, client_version, seed_signal
 from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.grpc_link import GrpcLink
 from esperml.kasmina.host import host_of
 from esperml.kasmina.link import Link
-from esperml.kasmina.measures import representable
-from esperml.kasmina.seeds import Seed
+from esperml.kasmina.proposals import Proposals
+from esperml.kasmina.reporting import Reporter
 from esperml.kasmina.summary import Summary
-from esperml.kasmina.telemetry import Telemetry
 from esperml.settings import TamiyoSettings
-from esperml.v1 import decision_pb2, event_pb2, graph_pb2, health_pb2, run_pb2
+from esperml.v1 import decision_pb2, event_pb2, graph_pb2, run_pb2
 
 _log = structlog.get_logger(__name__)
 
@@ -132,6 +132,7 @@ class Session:
 
     Attributes:
         run: name of the run.
+        session_id: tells this session from any other of the run.
         steps: optimizer steps so far.
         decisions_applied: commands that were carried out.
         decisions_refused: commands that were refused or had expired.
@@ -152,35 +153,34 @@ class Session:
         evaluate_every: int,
     ) -> None:
         self.run = run
+        self.session_id = uuid.uuid4().hex
         self.steps = 0
         self.decisions_applied = 0
         self.decisions_refused = 0
         self.failure = ""
         self._host = host_of(model)
         self._link = link
-        self._model = model
-        self._optimizer = optimizer
-        self._evaluate = evaluate
         self._report_every = report_every
-        self._evaluate_every = evaluate_every
         self._mode = started.mode
-        self._limits = started.limits
-        self._graft_budget = (
-            self._limits.graft_parameter_budget if self._limits.HasField("graft_parameter_budget") else None
-        )
-        self._hold_steps = self._limits.hold_steps if self._limits.HasField("hold_steps") else _HOLD_STEPS
+        limits = started.limits
+        self._graft_budget = limits.graft_parameter_budget if limits.HasField("graft_parameter_budget") else None
         self._grafter = Grafter(self._host, optimizer, scheduler)
-        self._commander = Commander(self._grafter, self._limits, started.mode)
-        self._telemetry = Telemetry(self._host)
+        self._commander = Commander(self._grafter, limits, started.mode)
         self._clock = StepClock()
+        self._reporter = Reporter(
+            model,
+            optimizer,
+            self._clock,
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            hold_steps=limits.hold_steps if limits.HasField("hold_steps") else _HOLD_STEPS,
+        )
+        self._proposals = Proposals()
+        self._remarks: dict[str, str] = {}
+        self._superseded = False
         self._sender_seconds = 0.0
         self._epoch: int | None = None
         self._epochs_ended: list[tuple[int, int]] = []  # Each with the step at its end, until the next report.
-        self._reports = 0
-        self._latest = health_pb2.HealthReport()
-        self._layers: dict[str, health_pb2.EnhancedHealthSignal] = {}
-        self._train_loss: tuple[float, float] | None = None
-        self._held_out_loss: tuple[float, float] | None = None
         self._actions: deque[tuple[int, str]] = deque(maxlen=_ACTIONS_KEPT)
         self._closed = False
         started.graph.CopyFrom(self._graph())
@@ -207,9 +207,21 @@ class Session:
         """
         if self.failure or self._closed:
             return
-        start, evaluated = time.perf_counter(), self._clock.total_evaluation
+        start, left_out = time.perf_counter(), self._clock.total_left_out
         self._guard(self._step, loss, epoch)
-        self._clock.spend(time.perf_counter() - start - (self._clock.total_evaluation - evaluated))
+        self._clock.spend(time.perf_counter() - start - (self._clock.total_left_out - left_out))
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What happens in here is no part of training: a checkpoint, a validation of your own, a wait.
+
+        Neither the time of a step nor Esper's share of the time counts it.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._clock.leave_out(time.perf_counter() - start)
 
     def close(self) -> None:
         """The run is completed: say so, send what is left for at most 5 s, and let go of the model."""
@@ -222,19 +234,21 @@ class Session:
             run=self.run,
             mode=decision_pb2.Mode.Name(self._mode).removeprefix("MODE_").lower(),
             steps=self.steps,
-            reports=self._reports,
+            reports=self._reporter.reports,
             reports_dropped=statistics.reports_dropped,
             connected=statistics.connected,
             overhead=self._clock.share() if self.steps else None,
             host_parameters=self._host.host_parameters,
             parameters=self._host.host_parameters + self._host.seed_parameters,
-            train_loss=self._train_loss,
-            held_out_loss=self._held_out_loss,
+            train_loss=self._reporter.train_loss,
+            held_out_loss=self._reporter.held_out_loss,
             seeds=tuple(seed_signal(seed, None) for seed in self._host.seeds.values()),
             actions=tuple(self._actions),
-            layers=tuple(self._layers.values()),
+            layers=tuple(self._reporter.layers.values()),
             decisions_applied=self.decisions_applied,
             decisions_refused=self.decisions_refused,
+            proposals=self._proposals.at(self.steps),
+            remarks=tuple(self._remarks.values()),
             failure=self.failure,
         )
 
@@ -246,7 +260,7 @@ class Session:
             work(*args)
         except Exception as error:  # noqa: BLE001
             self.failure = f"step {self.steps}: {type(error).__name__}: {error}"
-            self._telemetry.disarm()
+            self._reporter.disarm()
             trace = "".join(traceback.format_exception(error))
             _log.error("session_failed", run_id=self.run, step=self.steps, error=self.failure, traceback=trace)
 
@@ -257,20 +271,49 @@ class Session:
     def _step(self, loss: Tensor | float | None, epoch: int | None) -> None:
         self.steps += 1
         if epoch is not None and epoch != self._epoch:
-            if self._epoch is not None:
-                self._epochs_ended.append((self._epoch, self.steps - 1))
-            self._epoch = epoch
+            self._begin_epoch(epoch)
         if self._host.seeds:
             self._grafter.advance()
+        if self._superseded:
+            return
         if self.steps % self._report_every == 0:
             self._report(loss)
-        for command in self._link.commands():
-            self._carry_out(command)
+        for event in self._link.received():
+            if event.session_id in ("", self.session_id):
+                self._take(event)
         self._arm_if_due()
 
+    def _begin_epoch(self, epoch: int) -> None:
+        known = as_epoch(epoch)
+        if known is None:
+            self._remark("epoch", f"epoch {epoch!r} is left out: epochs are counted from 0")
+            return
+        if self._epoch is not None:
+            self._epochs_ended.append((self._epoch, self.steps - 1))
+        self._epoch = known
+
+    def _take(self, event: event_pb2.Event) -> None:
+        """Do what was sent to this session."""
+        if event.HasField("command"):
+            self._proposals.approve(event.command.decision_id)
+            self._carry_out(event.command)
+        elif event.notice.code == run_pb2.NOTICE_CODE_PROPOSED:
+            self._proposals.take(event.notice.decision)
+        elif event.HasField("notice"):
+            self._remark(f"notice {event.notice.code}", event.notice.text)
+            if event.notice.code == run_pb2.NOTICE_CODE_SUPERSEDED:
+                self._superseded = True
+                self._reporter.disarm()
+
+    def _remark(self, about: str, words: str) -> None:
+        """Say ``words`` once, in the log and in the summary."""
+        if about not in self._remarks:
+            self._remarks[about] = words
+            _log.warning("session_remark", run_id=self.run, step=self.steps, remark=words)
+
     def _arm_if_due(self) -> None:
-        if (self.steps + 1) % self._report_every == 0:
-            self._telemetry.arm()
+        if not self._superseded and (self.steps + 1) % self._report_every == 0:
+            self._reporter.arm()
 
     def _tell_epochs(self) -> None:
         """Say which epochs ended since the last report, whose measures still stand.
@@ -278,83 +321,18 @@ class Session:
         Not at their ends: epochs of a few short steps would cost more than all else.
         """
         for epoch, step in self._epochs_ended:
-            ended = run_pb2.EpochCompleted(epoch=epoch, step=step, run=self._latest.run)
+            ended = run_pb2.EpochCompleted(epoch=epoch, step=step, run=self._reporter.latest.run)
             self._publish(event_pb2.KIND_EVENTS, epoch_completed=ended)
         self._epochs_ended.clear()
 
     def _report(self, loss: Tensor | float | None) -> None:
         self._tell_epochs()
-        sample = self._telemetry.collect(loss)
-        self._clock.spend(sample.hook_seconds)
-        held_out = self._held_out()
-        statistics = self._link.statistics()
         self._spend_sender_time()
-        step_seconds, overhead = self._clock.report(self.steps)
-        run = health_pb2.RunMeasures(
-            train_loss=sample.train_loss,
-            held_out_loss=held_out,
-            learning_rate=learning_rate(self._optimizer),
-            step_seconds=step_seconds,
-            overhead=overhead,
-            parameters=self._host.host_parameters + self._host.seed_parameters,
-        )
-        report = health_pb2.HealthReport(
-            step=self.steps,
-            epoch=self._epoch,
-            structure_version=self._host.structure_version,
-            run=run,
-            layers=sample.layers,
-            places=sample.places,
-            seeds=[seed_signal(seed, sample.seed_gradient_norms.get(name)) for name, seed in self._host.seeds.items()],
-            reports_dropped=statistics.reports_dropped,
-        )
-        self._reports += 1
-        self._latest = report
-        self._layers.update((signal.layer, signal) for signal in sample.layers)
-        self._train_loss = _first_and_last(self._train_loss, sample.train_loss)
-        self._held_out_loss = _first_and_last(self._held_out_loss, held_out)
+        dropped = self._link.statistics().reports_dropped
+        report, effects = self._reporter.report(self.steps, self._epoch, loss, dropped)
+        for effect in effects:
+            self._publish(event_pb2.KIND_OUTCOMES, effect=effect)
         self._publish(event_pb2.KIND_TELEMETRY, health_report=report)
-
-    def _held_out(self) -> float | None:
-        """Held-out loss where it is due, and with it the ablation of seeds that have held long enough."""
-        if self._evaluate is None:
-            return None
-        due = [seed for seed in self._host.seeds.values() if self._ablation_due(seed)]
-        if not due and self.steps % self._evaluate_every:
-            return None
-        held_out = evaluate_host(self._model, self._timed_evaluate)
-        for seed in due:
-            without = evaluate_without(self._model, seed, self._timed_evaluate)
-            if held_out is not None and without is not None and representable(without - held_out):
-                seed.ablation_contribution = without - held_out
-        for seed in due:
-            if seed.ablation_contribution is not None and seed.decision_id:
-                self._publish(
-                    event_pb2.KIND_OUTCOMES,
-                    effect=decision_pb2.Effect(
-                        decision_id=seed.decision_id,
-                        step=self.steps,
-                        basis=decision_pb2.BASIS_ABLATION,
-                        loss_reduction=seed.ablation_contribution,
-                    ),
-                )
-        return held_out
-
-    def _timed_evaluate(self, model: nn.Module) -> float | Tensor:
-        """What the user's evaluator says; only its own time is not ours."""
-        assert self._evaluate is not None  # noqa: S101 - there is nothing to call this for without one
-        start = time.perf_counter()
-        try:
-            return float(self._evaluate(model))
-        finally:
-            self._clock.evaluate(time.perf_counter() - start)
-
-    def _ablation_due(self, seed: Seed) -> bool:
-        return (
-            seed.stage == stages.HOLDING
-            and seed.ablation_contribution is None
-            and seed.steps_in_stage >= self._hold_steps
-        )
 
     def _carry_out(self, command: decision_pb2.Command) -> None:
         carried = self._commander.carry_out(command, self.steps)
@@ -380,24 +358,20 @@ class Session:
         self._sender_seconds = seconds
 
     def _publish(self, kind: event_pb2.Kind.ValueType, **payload: Any) -> None:
-        self._link.publish(kind, new_event(self.run, **payload))
+        self._link.publish(kind, new_event(self.run, session_id=self.session_id, **payload))
 
     def _close(self, end: run_pb2.RunEnd.ValueType, error: str) -> None:
         if self._closed:
             return
         start = time.perf_counter()
         self._closed = True
-        self._telemetry.disarm()
-        self._tell_epochs()
-        ended = run_pb2.RunEnded(step=self.steps, end=end, error=error, run=self._latest.run)
-        self._publish(event_pb2.KIND_EVENTS, run_ended=ended)
+        self._reporter.disarm()
+        # The run is another session's where that one has superseded this, and has not ended.
+        if not self._superseded:
+            self._tell_epochs()
+            ended = run_pb2.RunEnded(step=self.steps, end=end, error=error, run=self._reporter.latest.run)
+            self._publish(event_pb2.KIND_EVENTS, run_ended=ended)
         self._clock.spend(time.perf_counter() - start)
         self._clock.stop()
         self._link.close(CLOSE_TIMEOUT_S)
         self._spend_sender_time()
-
-
-def _first_and_last(pair: tuple[float, float] | None, value: float | None) -> tuple[float, float] | None:
-    if value is None:
-        return pair
-    return (value if pair is None else pair[0], value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from esperml.kasmina.proposals import Proposal
 from esperml.kasmina.stages import stage_name
 from esperml.v1 import health_pb2
 
@@ -31,6 +32,8 @@ class Summary:
         layers: the latest measures of each layer.
         decisions_applied: commands that were carried out.
         decisions_refused: commands that were refused or had expired.
+        proposals: what Tamiyo would do, where it may not act by itself, oldest first.
+        remarks: what the user should know of the session, once each.
         failure: why the session stopped working; empty where it did not.
     """
 
@@ -51,6 +54,8 @@ class Summary:
     failure: str = ""
     decisions_applied: int = 0
     decisions_refused: int = 0
+    proposals: tuple[Proposal, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -68,14 +73,27 @@ class Summary:
         if seen:
             lines.append("what was seen:")
             lines += [f"  {words}" for words in seen]
+        lines += self._proposed()
         lines.append("what was done:" if self.actions else "nothing was done.")
         lines += [f"  step {step}: {words}" for step, words in self.actions]
         if self.seeds:
             lines.append("seeds:")
             lines += [f"  {_describe(seed)}" for seed in self.seeds]
+        if self.remarks:
+            lines.append("what to know:")
+            lines += [f"  {remark}" for remark in self.remarks]
         if self.failure:
             lines += ["the session stopped working; training went on without it:", f"  {self.failure}"]
         return "\n".join(lines)
+
+    def _proposed(self) -> Iterator[str]:
+        if self.mode == "act":
+            return
+        yield "what was proposed:" if self.proposals else "nothing was proposed."
+        for proposal in self.proposals:
+            yield f"  step {proposal.step}: {proposal.reason} ({proposal.fate}; decision {proposal.decision_id})"
+        if any(proposal.pending for proposal in self.proposals):
+            yield f"  esperml.v1.Runs/ApproveDecision carries one out, by run_id {self.run!r} and its decision_id."
 
 
 def _ailments(layers: Sequence[health_pb2.EnhancedHealthSignal]) -> Iterator[str]:

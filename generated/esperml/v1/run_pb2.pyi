@@ -34,6 +34,10 @@ class _NoticeCodeEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_NoticeCode.
     """Another session began under the same run: the run is its own now, and reports of this session are left out."""
     NOTICE_CODE_CONTENDED: _NoticeCode.ValueType  # 2
     """Another session of the same run still reports, which this one has superseded."""
+    NOTICE_CODE_PROPOSED: _NoticeCode.ValueType  # 3
+    """Tamiyo would act and may not, or was stopped from it: the decision says what, and why it is not carried out. Sent
+    again when that changes, but for its approval, which sends a command.
+    """
 
 class NoticeCode(_NoticeCode, metaclass=_NoticeCodeEnumTypeWrapper):
     """What a notice is about."""
@@ -44,6 +48,10 @@ NOTICE_CODE_SUPERSEDED: NoticeCode.ValueType  # 1
 """Another session began under the same run: the run is its own now, and reports of this session are left out."""
 NOTICE_CODE_CONTENDED: NoticeCode.ValueType  # 2
 """Another session of the same run still reports, which this one has superseded."""
+NOTICE_CODE_PROPOSED: NoticeCode.ValueType  # 3
+"""Tamiyo would act and may not, or was stopped from it: the decision says what, and why it is not carried out. Sent
+again when that changes, but for its approval, which sends a command.
+"""
 
 class _RunEnd:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -154,19 +162,25 @@ class Notice(message.Message):
 
     CODE_FIELD_NUMBER: builtins.int
     TEXT_FIELD_NUMBER: builtins.int
+    DECISION_FIELD_NUMBER: builtins.int
     code: NoticeCode.ValueType
     """What it is about."""
     text: builtins.str
     """In one sentence, what happened and what to do."""
+    @builtins.property
+    def decision(self) -> decision_pb2.AdaptationDecision:
+        """What is proposed."""
+
     def __init__(
         self,
         *,
         code: NoticeCode.ValueType = ...,
         text: builtins.str = ...,
+        decision: decision_pb2.AdaptationDecision | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["decision", b"decision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["code", b"code", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["code", b"code", "decision", b"decision", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -353,7 +353,7 @@ class RunControl:
         return self._told(decision, at)
 
     def _told(self, decision: decision_pb2.AdaptationDecision, at: Timestamp) -> Outgoing:
-        """The decision as it stands, and the command where it is sent."""
+        """The decision as it stands, and the command where it is sent, or where it may not be, the notice of it."""
         told = self.run.event(f"{decision.decision_id}/{decision.disposition}", at)
         told.decision.CopyFrom(decision)
         outgoing: Outgoing = [(event_pb2.KIND_DECISIONS, told)]
@@ -370,6 +370,12 @@ class RunControl:
                 )
             )
             outgoing.append((event_pb2.KIND_COMMANDS, sent))
+        elif decision.mode != decision_pb2.MODE_ACT and decision.disposition != decision_pb2.DISPOSITION_NONE:
+            proposed = self.run.event(f"{decision.decision_id}/{decision.disposition}/notice", at)
+            proposed.notice.CopyFrom(
+                run_pb2.Notice(code=run_pb2.NOTICE_CODE_PROPOSED, text=decision.reason, decision=decision)
+            )
+            outgoing.append((event_pb2.KIND_COMMANDS, proposed))
         return outgoing
 
     # What a person says.
