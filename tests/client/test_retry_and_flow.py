@@ -52,7 +52,7 @@ def test_what_is_granted_and_not_taken_never_exceeds_the_credit(messages, size, 
         assert granted_bytes >= record
         granted -= 1
         granted_bytes -= record
-        if (more := flow.take(record)) is not None:
+        if (more := flow.take(1, record)) is not None:
             granted += more[0]
             granted_bytes += more[1]
         assert granted <= messages
@@ -61,6 +61,6 @@ def test_what_is_granted_and_not_taken_never_exceeds_the_credit(messages, size, 
 
 def test_a_new_stream_gets_credit_for_what_does_not_wait_already():
     flow = FlowControl(10, 100)
-    flow.take(5)
+    flow.take(1, 5)
     assert flow.open(4, 60) == (6, 40)
     assert flow.open(20, 200) == (0, 0)

@@ -23,9 +23,12 @@ class FlowControl:
         self._taken_messages = self._taken_bytes = 0
         return max(self.messages - buffered_messages, 0), max(self.bytes - buffered_bytes, 0)
 
-    def take(self, size: int) -> tuple[int, int] | None:
-        """Count a record of ``size`` bytes as taken. Returns credit to grant, as (messages, bytes), when it is time."""
-        self._taken_messages += 1
+    def take(self, messages: int, size: int) -> tuple[int, int] | None:
+        """Count records of ``size`` bytes together as taken.
+
+        Returns credit to grant, as (messages, bytes), when it is time.
+        """
+        self._taken_messages += messages
         self._taken_bytes += size
         if 2 * self._taken_messages < self.messages and 2 * self._taken_bytes < self.bytes:
             return None

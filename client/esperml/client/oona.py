@@ -189,7 +189,9 @@ class OonaClient(TopicCalls):
         """
         if self._sealed:
             raise ClientClosedError
-        request = oona_pb2.StreamRequest(publish=oona_pb2.Publish(kind=kind, events=events))
+        request = oona_pb2.StreamRequest()
+        request.publish.kind = kind
+        request.publish.events.extend(events)
         try:
             async with asyncio.timeout(timeout_s):
                 # One after the other through this door, so that a full window does not change the order.

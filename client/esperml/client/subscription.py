@@ -13,7 +13,7 @@ from esperml.contract import kind_name
 from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
     from types import TracebackType
 
     from esperml.client.flow import FlowControl
@@ -76,15 +76,15 @@ class Subscription:
         self._sender = sender
         self._request = request
         self._flow = flow
-        self._buffer: deque[tuple[event_pb2.Record, int]] = deque()
-        self._buffered_bytes = 0
+        self._buffer: deque[event_pb2.Record] = deque()
         self._stands = asyncio.Event()
         self._caught_up = asyncio.Event()
         self._changed = asyncio.Event()
         self._taken = False
         self._ended = False
         self._error: OonaError | None = None
-        # Run → offset that was given back: what comes of the run beyond it, comes again behind it.
+        # Run → offset that was given back, until the server has answered or the record is here again: what comes of the
+        # run beyond it, comes again behind it.
         self._held: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
@@ -120,7 +120,10 @@ class Subscription:
                 await self._wait_for_records()
             except StopAsyncIteration:
                 return
-            yield [self._take() for _ in range(len(self._buffer))]
+            records = list(self._buffer)
+            self._buffer.clear()
+            self._count_taken(len(records), sum([record.ByteSize() for record in records]))
+            yield records
 
     async def caught_up(self) -> None:
         """Wait until the server has sent everything there was, or the subscription has ended.
@@ -154,7 +157,7 @@ class Subscription:
         # A private reader has nothing that would come again, and without a stream there is nobody to hold back.
         if self._request.group and self._sender.is_connected:
             self._hold(record)
-        await self._settle(oona_pb2.Ack(nacked=[record.offset]))
+        await self._settle(oona_pb2.Ack(nacked=[record.offset]), [record.event.run_id])
 
     async def extend(self, *records: event_pb2.Record) -> None:
         """Say that records are still being worked on: their deadline starts anew.
@@ -174,7 +177,6 @@ class Subscription:
         """End the subscription and forget what has arrived. Waits for the server only while there is a stream."""
         self.drain()
         self._buffer.clear()
-        self._buffered_bytes = 0
         if not self._taken:
             return
         self._taken = False
@@ -192,7 +194,7 @@ class Subscription:
 
     def requests(self) -> list[oona_pb2.StreamRequest]:
         """What a new stream must be sent so that the subscription goes on where it was."""
-        messages, size = self._flow.open(len(self._buffer), self._buffered_bytes)
+        messages, size = self._flow.open(len(self._buffer), sum(record.ByteSize() for record in self._buffer))
         subscribe = oona_pb2.StreamRequest(subscribe=self._request)
         if not messages or not size:
             return [subscribe]
@@ -218,23 +220,15 @@ class Subscription:
         self._held.clear()
         if self._request.group:
             self._buffer.clear()
-            self._buffered_bytes = 0
 
     def on_delivery(self, records: Iterable[event_pb2.Record]) -> None:
         """Records came."""
         if self._ended:
             return
-        for record in records:
-            size = record.ByteSize()
-            if self._held:
-                if self._is_held(record):
-                    self._count_taken(size)
-                    continue
-                if self._held.get(record.event.run_id) == record.offset:
-                    del self._held[record.event.run_id]
-            self._buffer.append((record, size))
-            self._buffered_bytes += size
-            self._goes_on_at(record.offset + 1)
+        # Nearly always there is nothing to do for each record.
+        self._buffer.extend(self._without_held(records) if self._held else records)
+        if self._buffer:
+            self._goes_on_at(self._buffer[-1].offset + 1)
         self._changed.set()
 
     def on_progress(self, high_watermark: int) -> None:
@@ -277,12 +271,21 @@ class Subscription:
         """Drop what has arrived of the run behind a record, and what does until the record is here again."""
         run_id = record.event.run_id
         self._held[run_id] = min(record.offset, self._held.get(run_id, record.offset))
-        kept = [(other, size) for other, size in self._buffer if not self._is_held(other)]
-        dropped = [size for other, size in self._buffer if self._is_held(other)]
-        self._buffer = deque(kept)
-        for size in dropped:
-            self._buffered_bytes -= size
-            self._count_taken(size)
+        dropped = [other for other in self._buffer if self._is_held(other)]
+        self._buffer = deque(other for other in self._buffer if not self._is_held(other))
+        self._count_taken(len(dropped), sum(other.ByteSize() for other in dropped))
+
+    def _without_held(self, records: Iterable[event_pb2.Record]) -> list[event_pb2.Record]:
+        """Drop the records of a run behind one that was given back, until that is here again."""
+        kept = []
+        for record in records:
+            if self._is_held(record):
+                self._count_taken(1, record.ByteSize())
+                continue
+            if self._held.get(record.event.run_id) == record.offset:
+                del self._held[record.event.run_id]
+            kept.append(record)
+        return kept
 
     def _is_held(self, record: event_pb2.Record) -> bool:
         held = self._held.get(record.event.run_id)
@@ -298,26 +301,28 @@ class Subscription:
             await self._changed.wait()
 
     def _take(self) -> event_pb2.Record:
-        record, size = self._buffer.popleft()
-        self._buffered_bytes -= size
-        self._count_taken(size)
+        record = self._buffer.popleft()
+        self._count_taken(1, record.ByteSize())
         return record
 
-    def _count_taken(self, size: int) -> None:
-        grant = self._flow.take(size)
+    def _count_taken(self, messages: int, size: int) -> None:
+        grant = self._flow.take(messages, size)
         if grant is None or self._ended or not self._taken:
             return
         messages, size = grant
         request = oona_pb2.Grant(subscription_id=self.subscription_id, messages=messages, bytes=size)
         self._sender.send(oona_pb2.StreamRequest(grant=request))
 
-    async def _settle(self, ack: oona_pb2.Ack) -> int | None:
+    async def _settle(self, ack: oona_pb2.Ack, given_back: Sequence[str] = ()) -> int | None:
         if isinstance(self._error, ClientClosedError):
             raise self._error
         ack.subscription_id = self.subscription_id
         answered: asyncio.Future[oona_pb2.StreamResponse | None] = asyncio.get_running_loop().create_future()
 
         def on_answer(answer: oona_pb2.StreamResponse | None) -> None:
+            # What the server sends from now on of the runs given back, it sends in order.
+            for run_id in given_back:
+                self._held.pop(run_id, None)
             if not answered.done():
                 answered.set_result(answer)
 
@@ -336,8 +341,11 @@ class Subscription:
 
 def _ranges(offsets: Iterable[int]) -> list[oona_pb2.OffsetRange]:
     """Consecutive offsets as ranges."""
+    ordered = sorted(set(offsets))
+    if ordered and ordered[-1] - ordered[0] == len(ordered) - 1:
+        return [oona_pb2.OffsetRange(first=ordered[0], last=ordered[-1])]
     ranges: list[oona_pb2.OffsetRange] = []
-    for offset in sorted(offsets):
+    for offset in ordered:
         if ranges and offset <= ranges[-1].last + 1:
             ranges[-1].last = offset
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from google.protobuf.message import Message
 
@@ -102,35 +102,29 @@ class EncodedRecords:
         time = timestamp.SerializeToString()
         before_event = _TIME_TAG + varint(len(time)) + time + _EVENT_TAG
         after_event = _ATTEMPT_TAG + varint(attempt)
-        # What stands before the offset and before the event, and the record's size, by the size of its event: most
-        # events of a frame are about as large as the others.
-        heads: dict[int, tuple[bytes, bytes, int]] = {}
         parts: list[bytes] = []
-        sizes = [0]
         lengths = [0]
-        high, number_bytes = b"", 0
-        for offset, event in enumerate(events, first_offset):
-            low = offset & 127
-            if offset < 128:
-                # A number that is 0 is left out.
-                number = _OFFSET_TAG + _LAST[low] if offset else b""
-            else:
-                if not high or not low:
-                    high = varint(offset >> 7)
-                number = _OFFSET_TAG + _MORE[low] + high
-            if len(number) != number_bytes:
-                heads.clear()
-                number_bytes = len(number)
-            event_bytes = len(event)
-            head = heads.get(event_bytes)
-            if head is None:
-                middle = before_event + varint(event_bytes)
-                size = number_bytes + len(middle) + event_bytes + len(after_event)
-                head = heads[event_bytes] = (_RECORD_TAG + varint(size), middle, size)
-            start, middle, size = head
-            parts += (start, number, middle, event, after_event)
-            sizes.append(size)
-            lengths.append(len(start) + size)
+        sizes = [0]
+        start = 0
+        for numbers in _offset_fields(first_offset, len(events)):
+            chosen = events[start : start + len(numbers)]
+            start += len(numbers)
+            event_sizes = list(map(len, chosen))
+            # All that differs from record to record beside offset and event follows from the size of the event.
+            fixed = len(numbers[0]) + len(before_event) + len(after_event)
+            middles = {size: before_event + varint(size) for size in set(event_sizes)}
+            record_sizes = {size: fixed + len(varint(size)) + size for size in middles}
+            heads = {size: _RECORD_TAG + varint(record_size) for size, record_size in record_sizes.items()}
+            sizes += [record_sizes[size] for size in event_sizes]
+            lengths += [len(heads[size]) + record_sizes[size] for size in event_sizes]
+            columns = (
+                [heads[size] for size in event_sizes],
+                numbers,
+                [middles[size] for size in event_sizes],
+                chosen,
+                repeat(after_event, len(chosen)),
+            )
+            parts += chain.from_iterable(zip(*columns, strict=True))
         self.data = b"".join(parts)
         self.ends = list(accumulate(lengths))
         self.sizes = list(accumulate(sizes))
@@ -143,6 +137,22 @@ class EncodedRecords:
         """The serialized events of the records from index ``start`` to before ``stop``."""
         records = _DELIVERY.FromString(self.slice(start, stop)).records
         return [_RECORD.FromString(record).event[0] for record in records]
+
+
+def _offset_fields(first: int, count: int) -> Iterator[list[bytes]]:
+    """The field ``offset`` of consecutive records, in pieces whose fields are all of one length."""
+    if first == 0:
+        yield [b""]  # A number that is 0 is left out.
+        first, count = 1, count - 1
+    while count:
+        high, low = first >> 7, first & 127
+        piece = min(count, 128 - low)
+        if high:
+            end = varint(high)
+            yield [_OFFSET_TAG + more + end for more in _MORE[low : low + piece]]
+        else:
+            yield [_OFFSET_TAG + last for last in _LAST[low : low + piece]]
+        first, count = first + piece, count - piece
 
 
 def encode_delivery(subscription_id: int, parts: Sequence[bytes]) -> bytes:
