@@ -31,6 +31,10 @@ class ServerSettings(Section):
         None, description="File of tokens, which `esper token` writes; with it, every call needs one of them."
     )
     insecure: bool = Field(False, description="Allow an address beyond loopback without TLS and tokens.")
+    metrics_host: str = Field("127.0.0.1", description="Address of the metrics. Beyond loopback only with insecure.")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Port at which Prometheus finds metrics; 0 takes a free one. Absent: none."
+    )
     handshake_timeout_s: float = Field(10.0, gt=0, description="Time in which a connection must be set up, in s.")
     idle_timeout_s: float = Field(
         300.0, gt=0, description="Time after which a connection without calls is closed, in s."
@@ -143,6 +147,7 @@ class OonaSettings(Section):
 class TamiyoSettings(Section):
     """The controller. The limits are those of runs that do not state their own."""
 
+    enabled: bool = Field(True, description="Whether to decide here. Of the servers of a cluster, one does.")
     policy: str = Field(
         "shipped", description="Policy that decides: a name that the server knows, or a checkpoint's path."
     )

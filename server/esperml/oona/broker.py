@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from esperml.contract import KINDS, kind_name
@@ -25,10 +27,11 @@ from esperml.oona.validation import (
 from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from esperml.oona.log import DeadLetter, Log
     from esperml.oona.subscriptions import Emit, ServedSubscription
+    from esperml.oona.traffic import Traffic
     from esperml.settings import OonaSettings
 
 
@@ -38,10 +41,15 @@ class Broker:
     Args:
         log: the engine.
         settings: the bus's settings.
+
+    Attributes:
+        settings: the bus's settings.
+        rejections: requests that were rejected since the process began, by reason.
     """
 
     def __init__(self, log: Log, settings: OonaSettings) -> None:
         self.settings = settings
+        self.rejections: Counter[oona_pb2.RejectReason.ValueType] = Counter()
         self._log = log
         share = settings.cache_bytes // len(KINDS)
         self._topics: dict[int, Topic] = {kind: Topic(kind, log, share) for kind in KINDS}
@@ -57,6 +65,12 @@ class Broker:
     def durability(self) -> str:
         """What a confirmed event survives: ``fsync`` means loss of power."""
         return self._log.durability
+
+    def on_publisher_moved(self, moved: Callable[[str], None]) -> None:
+        """Have ``moved(client_id)`` called when a publisher has gone to another server of the same bus.
+
+        What comes from it here afterwards is refused. A bus of one server never calls it.
+        """
 
     async def next_sequence(self, client_id: str) -> int:
         """The sequence that the next event of a publisher must have, behind all that it published before this call.
@@ -78,11 +92,13 @@ class Broker:
         """
         events = check_publish(publish)
         topic = self._topics[publish.kind]
+        came_s = time.perf_counter()
         stored = self._log.append(publish.kind, client_id, publish.first_sequence, events)
 
         def keep(future: asyncio.Future[Appended]) -> None:
             if future.exception() is None:
                 topic.appended(future.result(), events)
+                topic.traffic.frame_stored(future.result(), events.size, time.perf_counter() - came_s)
 
         stored.add_done_callback(keep)
         # A publisher that goes away must not cancel what the log is about to store and readers are to be told of. If
@@ -126,6 +142,11 @@ class Broker:
             bytes=bounds.bytes,
             retention=retention(limits_of(self.settings.retention, kind)),
         )
+
+    def traffic(self, kind: event_pb2.Kind.ValueType) -> Traffic:
+        """Counts of what went through one log. Raises :class:`RequestRejectedError` for what is no kind."""
+        check_kind("kind", kind)
+        return self._topics[kind].traffic
 
     def groups(self, kind: event_pb2.Kind.ValueType) -> list[oona_pb2.Group]:
         """The groups of one log, by name. Raises :class:`RequestRejectedError` for what is no kind."""

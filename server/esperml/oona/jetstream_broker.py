@@ -22,7 +22,7 @@ from esperml.oona.validation import check_group, check_kind, check_subscribe
 from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Coroutine
+    from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 
     from nats.aio.msg import Msg
 
@@ -72,6 +72,7 @@ class ClusterBroker(Broker):
     def __init__(self, log: JetStreamLog, settings: OonaSettings) -> None:
         super().__init__(log, settings)
         self._groups.clear()  # Each comes with its claim.
+        self._cluster_log = log
         self._link = log.link
         self._store = log.groups_store
         self._store.claimed_only = True
@@ -107,6 +108,10 @@ class ClusterBroker(Broker):
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def on_publisher_moved(self, moved: Callable[[str], None]) -> None:
+        """Have ``moved(client_id)`` called when a publisher has gone to another gateway."""
+        self._cluster_log.publisher_moved = moved
 
     async def subscribe(self, subscribe: oona_pb2.Subscribe, emit: Emit, reader: str = "") -> ServedSubscription:
         """Make a subscription; see :meth:`Broker.subscribe`.

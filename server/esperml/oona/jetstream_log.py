@@ -24,12 +24,14 @@ from esperml.oona.jetstream_streams import create_streams, declare_durability
 from esperml.oona.jetstream_topic import TopicStream, decode_notice
 from esperml.oona.jetstream_writer import PublisherMovedError, Request, TopicWriter, fail
 from esperml.oona.log import NO_LETTERS, LogDamagedError, LogFullError, LogUnavailableError, TopicBounds
+from esperml.oona.retention import limits_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from nats.aio.msg import Msg
 
+    from esperml.oona.jetstream_records import FramePart
     from esperml.oona.jetstream_writer import Draft
     from esperml.oona.log import Appended, DeadLetter, EncodedEvents, GroupProgress, StoredFrame
     from esperml.settings import OonaSettings
@@ -288,15 +290,20 @@ class JetStreamLog:
                     _log.debug("retention_waits", detail=str(error))
 
     async def _retain_kind(self, kind: KindValue) -> None:
-        limits = getattr(self._settings.retention, kind_name(kind))
+        limits = limits_of(self._settings.retention, kind)
         stream = self._streams[kind]
         state, bounds = stream.state, stream.bounds
+
+        def stays(part: FramePart) -> bool:
+            """As far as number and bytes go: the last frame stays, so that who reads at the end finds something."""
+            fits = not limits.records or bounds.next - part.first_offset <= limits.records
+            fits = fits and (not limits.bytes or state.next_bytes - part.bytes_before <= limits.bytes)
+            return fits or part.end >= bounds.next
+
         before = bounds.earliest
-        if limits.records:
-            before = max(before, bounds.next - limits.records)
-        if limits.bytes and bounds.bytes > limits.bytes:
-            kept = await stream.first(lambda part: state.next_bytes - part.bytes_before <= limits.bytes)
-            before = max(before, bounds.next if kept is None else kept[1].first_offset)
+        too_many = 0 < limits.records < bounds.next - bounds.earliest
+        if (too_many or 0 < limits.bytes < bounds.bytes) and (kept := await stream.first(stays)) is not None:
+            before = max(before, kept[1].first_offset)
         if limits.age_s and bounds.earliest < bounds.next:
             before = max(before, await stream.offset_at(time.time_ns() - int(limits.age_s * 1e9)))
         if before > bounds.earliest:

@@ -59,6 +59,7 @@ class OonaService(oona_pb2_grpc.OonaServicer):
         self._broker = broker
         self._doors = Doors(broker.settings) if doors is None else doors
         self._streams: dict[str, ClientStream] = {}
+        broker.on_publisher_moved(self._end_moved)
 
     def decode(self, data: bytes) -> oona_pb2.StreamRequest | UnreadableFrame:
         """Decode a frame of the stream, or say why that cannot be."""
@@ -184,6 +185,11 @@ class OonaService(oona_pb2_grpc.OonaServicer):
         except RequestRejectedError as error:
             await _refuse(context, error)
         return oona_pb2.PurgeDeadLettersResponse(count=count)
+
+    def _end_moved(self, client_id: str) -> None:
+        """A client that came to another server of the same bus has lost its stream here."""
+        if (stream := self._streams.get(client_id)) is not None:
+            stream.end(grpc.StatusCode.ABORTED, f"another stream was opened as {client_id!r} at another server")
 
     def _replace(self, stream: ClientStream) -> None:
         """A client that comes again has lost its old stream, even where that looks alive from here."""

@@ -1,4 +1,4 @@
-"""Assembles the server: Oona on its embedded log, Tamiyo, health and reflection, in one process.
+"""Assembles the server: Oona on its log engine, Tamiyo, health and reflection, in one process.
 
 Tamiyo reaches Oona through the client here too, over loopback and with a token where others need one, so that nothing
 changes when it moves elsewhere.
@@ -19,11 +19,13 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from esperml.client.credentials import NO_CREDENTIALS, Credentials
-from esperml.oona import Broker, Doors, OonaService, SqliteLog, add_to_server, server_options
+from esperml.oona import Doors, OonaService, add_to_server, server_options
 from esperml.oona.access import Role
-from esperml.oona.retention import Retention
+from esperml.oona.engines import open_broker
+from esperml.oona.metrics import bus_metrics
 from esperml.server.interceptor import TokenInterceptor
 from esperml.server.listening import check_exposure, listen
+from esperml.server.metrics import serving_metrics
 from esperml.server.tls import Certificates
 from esperml.server.watch import Health, TokensFile, watch
 from esperml.settings import Settings
@@ -67,6 +69,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
 
     Raises:
         ExposedAddressError: the address is beyond loopback, without TLS or tokens and ``server.insecure``.
+        ExposedMetricsError: that of the metrics is beyond loopback, without ``server.insecure``.
         TlsError: the certificate, its key or the authorities of clients cannot be used.
         TokensError: the file of tokens cannot be used.
         OSError: the address is taken, or the data folder cannot be written.
@@ -82,15 +85,9 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
 
     # What is entered first is left last: the log outlives all that writes to it.
     async with contextlib.AsyncExitStack() as stack:
-        log = SqliteLog(
-            settings.server.data_dir / "oona.sqlite",
-            max_bytes=settings.oona.max_log_bytes,
-            durability=settings.oona.durability,
-        )
-        stack.push_async_callback(log.close)
-        await stack.enter_async_context(Retention(log, settings.oona.retention).running())
+        broker = await stack.enter_async_context(open_broker(settings.oona, settings.server.data_dir))
         doors = Doors(settings.oona)
-        oona = OonaService(Broker(log, settings.oona), doors)
+        oona = OonaService(broker, doors)
         controller = Controller(policies, settings.tamiyo)
         own = NO_CREDENTIALS
         interceptors = []
@@ -102,21 +99,28 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
 
         server = grpc.aio.server(interceptors=interceptors, options=transport_options(settings))
         add_to_server(oona, server)
-        tamiyo_pb2_grpc.add_TamiyoServicer_to_server(TamiyoService(controller), server)
-        runs_pb2_grpc.add_RunsServicer_to_server(RunsService(controller, loop.publish), server)
+        services = SERVICES if settings.tamiyo.enabled else SERVICES[:1]
+        if settings.tamiyo.enabled:
+            tamiyo_pb2_grpc.add_TamiyoServicer_to_server(TamiyoService(controller), server)
+            runs_pb2_grpc.add_RunsServicer_to_server(RunsService(controller, loop.publish), server)
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address, inside = listen(server, settings.server, certificates, stack)
         await server.start()
         stack.push_async_callback(server.stop, settings.server.shutdown_grace_s)
         stack.callback(oona.shut_down)
-        await stack.enter_async_context(_in_background(loop.running(inside), "tamiyo_stopped"))
+        if settings.tamiyo.enabled:
+            await stack.enter_async_context(_in_background(loop.running(inside), "tamiyo_stopped"))
         stack.push_async_callback(checks.enter_graceful_shutdown)
 
         def tamiyo_problem() -> str:
             return "" if loop.is_running else "Tamiyo has stopped; the log says why"
 
-        state = Health(checks, dict(zip(SERVICES, (lambda: doors.storage_problem, *[tamiyo_problem] * 2), strict=True)))
+        problems = (lambda: doors.storage_problem, tamiyo_problem, tamiyo_problem)
+        await stack.enter_async_context(
+            serving_metrics(settings.server, [lambda: bus_metrics(broker, doors), loop.work.metrics])
+        )
+        state = Health(checks, dict(zip(services, problems, strict=False)))
         await state.refresh()
         watching = asyncio.create_task(watch(doors, file, state))
         watching.add_done_callback(partial(_say_if_failed, "watch_stopped"))
@@ -127,7 +131,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
             tls="none" if certificates is None else "mutual" if settings.server.client_ca else "server",
             tokens=file is not None,
             policy=policies.default.facts.name,
-            durability=log.durability,
+            durability=broker.durability,
         )
         ready(address)
         await stop.wait()

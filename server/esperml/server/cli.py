@@ -19,6 +19,9 @@ _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 @click.option("--port", type=int, help="Port to listen on; 0 takes a free one.  [default: 50051]")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the bus's logs.  [default: esper-data]")
 @click.option("--policy", help="Policy that decides: shipped, chance, nothing, or a checkpoint's folder.")
+@click.option("--engine", type=click.Choice(["sqlite", "jetstream"]), help="What holds the logs.  [default: sqlite]")
+@click.option("--nats", help="Servers of the NATS cluster, separated by commas, for --engine jetstream.")
+@click.option("--bus-only", is_flag=True, help="Serve no Tamiyo: of the servers of a cluster, one does.")
 @click.option("--certificate", type=_FILE, help="Certificate chain of the server (PEM); with --key, it uses TLS.")
 @click.option("--key", type=_FILE, help="Private key of the certificate (PEM).")
 @click.option("--client-ca", type=_FILE, help="Authorities (PEM) of the certificates that clients must have then.")
@@ -32,6 +35,9 @@ def serve(
     port: int | None,
     data_dir: Path | None,
     policy: str | None,
+    engine: str | None,
+    nats: str | None,
+    bus_only: bool,
     certificate: Path | None,
     key: Path | None,
     client_ca: Path | None,
@@ -50,6 +56,7 @@ def serve(
     Examples:
         esper serve --port 50051 --data-dir esper-data
         esper serve --policy policies/mine
+        esper serve --engine jetstream --nats nats://one:4222,nats://two:4222
         esper serve --host 0.0.0.0 --certificate server.pem --key server.key --tokens tokens.json
         grpcurl -plaintext -d @ localhost:50051 esperml.v1.Tamiyo/Decide < examples/decide.json
     """
@@ -64,7 +71,10 @@ def serve(
         "server.client_ca": client_ca,
         "server.tokens": tokens,
         "server.insecure": insecure,
+        "oona.engine": engine,
+        "oona.jetstream.servers": nats,
         "tamiyo.policy": policy,
+        "tamiyo.enabled": False if bus_only else None,
         "log.level": log_level,
         "log.format": log_format,
     }
