@@ -106,7 +106,17 @@ def test_without_repeats_there_is_no_count_of_wins_and_with_them_there_is(
 def test_a_worse_twin_is_called_worse(story: DemoStory, host_story: HostStory) -> None:
     host_story.twins["adapted"], host_story.twins["static"] = host_story.twins["static"], host_story.twins["adapted"]
     text = " ".join(read(render(story)).text)
-    assert "44.0% higher" in text
+    assert "44.0% higher test loss" in text
+
+
+@pytest.mark.parametrize("relative", [0.0, 0.0004, -0.0004])
+def test_a_tie_is_called_one_and_not_painted(story: DemoStory, host_story: HostStory, relative: float) -> None:
+    static = host_story.twins["static"]
+    test = replace(static.test, loss=static.test.loss * (1 + relative))
+    host_story.twins["adapted"] = replace(host_story.twins["adapted"], test=test)
+    page = render(story)
+    assert "no difference" in " ".join(read(page).text)
+    assert 'class="verdict "' in page
 
 
 def test_pictures_are_well_formed_and_the_same_each_time(host_story: HostStory) -> None:

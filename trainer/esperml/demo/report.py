@@ -28,6 +28,7 @@ $css</style>
 <p class="lead">Each host has a layer too narrow for its task. It was trained three times from the same weights, on the
 same batches in the same order: left alone; under Tamiyo, which watched it from another process and grafted seeds while
 it trained; and under a policy that draws place and blueprint by chance within the same budgets.</p>
+<p class="narrow">The table and the pictures are wider than this screen: move them sideways.</p>
 $warning
 <section class="verdicts">
 $verdicts
