@@ -90,7 +90,7 @@ def oona(
     \b
     With --json:
       rounds                 blocks of each system in each case
-      cases[].system         oona-sqlite, redis, jetstream, or relay, which stores nothing
+      cases[].system         oona-sqlite, oona-jetstream, redis, jetstream, or relay, which stores nothing
       cases[].durability     the system's own word for when it syncs
       cases[].client         client library; of two, the one that was faster in this case
       cases[].payload        size of an event, in bytes

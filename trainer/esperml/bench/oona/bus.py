@@ -13,7 +13,8 @@ from pathlib import Path
 
 import grpc
 
-from esperml.oona import Broker, OonaService, SqliteLog, add_to_server, server_options
+from esperml.oona import OonaService, add_to_server, server_options
+from esperml.oona.engines import open_broker
 from esperml.settings import LogSettings, configure_logging, load
 
 
@@ -27,13 +28,13 @@ async def main(folder: Path) -> None:
     """Serve until the process is ended."""
     configure_logging(LogSettings(level="warning"))
     settings = load().oona
-    server = grpc.aio.server(options=[*server_options(settings), ("grpc.so_reuseport", 0)])
-    log = SqliteLog(folder / "oona.sqlite", max_bytes=settings.max_log_bytes, durability=settings.durability)
-    add_to_server(OonaService(Broker(log, settings)), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    say_listening(port)
-    await server.wait_for_termination()
+    async with open_broker(settings, folder) as broker:
+        server = grpc.aio.server(options=[*server_options(settings), ("grpc.so_reuseport", 0)])
+        add_to_server(OonaService(broker), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        say_listening(port)
+        await server.wait_for_termination()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any, Final, Protocol
 
 from esperml.client import OonaClient, Subscription, new_event
@@ -104,15 +105,15 @@ async def side_by_side(jobs: int, lanes: int, job: Job) -> None:
             tasks.create_task(lane())
 
 
-def make_events(payload: int, count: int = LARGEST_FRAME) -> list[event_pb2.Event]:
-    """Events of exactly ``payload`` bytes each as they go over the wire, of several runs in turn.
+def make_events(payload: int, run_id: str = "run-0", count: int = LARGEST_FRAME) -> list[event_pb2.Event]:
+    """Events of one run, of exactly ``payload`` bytes each as they go over the wire.
 
     Raises:
         ValueError: an event cannot be that small.
     """
     events = []
-    for index in range(count):
-        event = new_event(f"run-{index % RUNS}", run_ended=run_pb2.RunEnded(error="x" * payload))
+    for _ in range(count):
+        event = new_event(run_id, run_ended=run_pb2.RunEnded(error="x" * payload))
         while (surplus := event.ByteSize() - payload) > 0:
             text = event.run_ended.error
             if surplus > len(text):
@@ -139,7 +140,7 @@ class OonaPublisher:
 
     def __init__(self, address: str) -> None:
         self._client = OonaClient(address, client_id=f"bench-publisher-{uuid.uuid4().hex}")
-        self._events: list[event_pb2.Event] = []
+        self._runs: list[list[event_pb2.Event]] = []
 
     async def connect(self) -> None:
         """Connect to the server."""
@@ -148,14 +149,14 @@ class OonaPublisher:
 
     async def prepare(self, block: str, payload: int) -> None:
         """Make the events; the bus has one log for all blocks."""
-        self._events = make_events(payload)
+        self._runs = [make_events(payload, f"run-{run}") for run in range(RUNS)]
 
     async def publish(self, count: int, frame: int) -> None:
-        """Publish in frames, several of them under way."""
-        events = self._events[:frame]
+        """Publish in frames, several of them under way. A frame is of one run, as a session's is; runs take turns."""
+        frames = cycle([events[:frame] for events in self._runs])
 
         def publish_frame() -> Coroutine[Any, Any, object]:
-            return self._client.publish(KIND, events)
+            return self._client.publish(KIND, next(frames))
 
         await side_by_side(count // frame, frames_in_flight(frame), publish_frame)
 

@@ -74,8 +74,22 @@ SYSTEMS: Final = (
         for mode in ("always", "everysec")
         for client in ("sync", "asyncio")
     ),
-    System("jetstream", "always", "nats-py", "nats", servers.nats, {"sync_interval": "always"}, _NATS_THREADS),
-    System("jetstream", "default", "nats-py", "nats", servers.nats, {}, _NATS_THREADS),
+    *(
+        system
+        for mode, settings in (("always", {"sync_interval": "always"}), ("default", {}))
+        for system in (
+            System("jetstream", mode, "nats-py", "nats", servers.nats, settings, _NATS_THREADS),
+            System(
+                "oona-jetstream",
+                mode,
+                "esperml.client",
+                "oona",
+                servers.gateway,
+                settings,
+                f"gateway: 1 event loop, gRPC's own; nats-server: {_NATS_THREADS}",
+            ),
+        )
+    ),
 )
 """Everything that is measured, in the order in which blocks alternate."""
 

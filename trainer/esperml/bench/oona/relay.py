@@ -1,7 +1,8 @@
 """The floor: a server that speaks the bus's contract to one publisher and one consumer, and stores nothing.
 
-It takes the same frames, sends the same deliveries within the same credit, and answers the same acknowledgements. What
-the bus costs beyond it is what the bus adds: checks, the log, groups, leases.
+It takes the same frames, sends the same deliveries within the same credit, and answers the same acknowledgements; it
+puts records together with the bus's own code. What the bus costs beyond it is what the bus adds: checks, the log, and
+groups.
 
 ``python -m esperml.bench.oona.relay`` prints ``{"listening": …}`` and serves until it is ended.
 """
@@ -10,17 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from esperml.bench.oona.bus import say_listening
 from esperml.oona import server_options
+from esperml.oona.wire import EncodedRecords, encode_delivery, published_events
 from esperml.settings import OonaSettings
-from esperml.v1 import event_pb2, oona_pb2
+from esperml.v1 import oona_pb2
 
 # Records that may wait for the consumer before the publisher does.
 BUFFERED_RECORDS: Final = 8192
@@ -31,8 +33,9 @@ class Relay:
 
     def __init__(self, settings: OonaSettings) -> None:
         self._settings = settings
-        self._events: deque[tuple[event_pb2.Event, Timestamp]] = deque()
-        self._delivered = 0
+        # Frames that wait, each with its length and how much of it was delivered.
+        self._frames: deque[tuple[EncodedRecords, int, int]] = deque()
+        self._waiting = 0
         self._subscription_id = 0
         self._next_offset = 0
         self._credit = 0
@@ -42,13 +45,13 @@ class Relay:
     async def stream(
         self,
         _requests: object,
-        context: grpc.aio.ServicerContext[oona_pb2.StreamRequest, oona_pb2.StreamResponse],
+        context: grpc.aio.ServicerContext[oona_pb2.StreamRequest, oona_pb2.StreamResponse | bytes],
     ) -> None:
         """One stream, of the publisher or of the consumer."""
         # Answers and deliveries share a stream, which takes one frame at a time.
         writing = asyncio.Lock()
 
-        async def write(response: oona_pb2.StreamResponse) -> None:
+        async def write(response: oona_pb2.StreamResponse | bytes) -> None:
             async with writing:
                 await context.write(response)
 
@@ -66,8 +69,7 @@ class Relay:
         match request.WhichOneof("request"):
             case "publish":
                 response.published.first_offset = self._next_offset
-                response.published.count = len(request.publish.events)
-                await self._pass_on(request.publish.events)
+                response.published.count = await self._pass_on(published_events(request.publish))
             case "grant":
                 self._credit += request.grant.messages
                 self._has_work.set()
@@ -84,32 +86,44 @@ class Relay:
                 response.closed.subscription_id = request.unsubscribe.subscription_id
         return response
 
-    async def _pass_on(self, events: Sequence[event_pb2.Event]) -> None:
-        while len(self._events) >= BUFFERED_RECORDS:
+    async def _pass_on(self, events: list[bytes]) -> int:
+        while self._waiting >= BUFFERED_RECORDS:
             self._has_room.clear()
             await self._has_room.wait()
-        append_time = Timestamp()
-        append_time.GetCurrentTime()
-        self._events.extend((event, append_time) for event in events)
-        self._next_offset += len(events)
+        count = len(events)
+        self._frames.append((EncodedRecords(self._next_offset, time.time_ns(), events), count, 0))
+        self._next_offset += count
+        self._waiting += count
         self._has_work.set()
+        return count
 
-    async def _deliver(self, write: Callable[[oona_pb2.StreamResponse], Awaitable[None]]) -> None:
+    async def _deliver(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         while True:
-            if count := min(len(self._events), self._credit, self._settings.delivery_records):
-                response = oona_pb2.StreamResponse()
-                response.delivery.subscription_id = self._subscription_id
-                add, take = response.delivery.records.add, self._events.popleft
-                for offset in range(self._delivered, self._delivered + count):
-                    event, append_time = take()
-                    add(offset=offset, append_time=append_time, event=event, delivery_attempt=1)
-                self._delivered += count
-                self._credit -= count
-                self._has_room.set()
-                await write(response)
+            if parts := self._take():
+                await write(encode_delivery(self._subscription_id, parts))
             else:
                 self._has_work.clear()
                 await self._has_work.wait()
+
+    def _take(self) -> list[bytes]:
+        """What may be delivered now, as far as it goes into one delivery."""
+        parts: list[bytes] = []
+        room = min(self._credit, self._settings.delivery_records)
+        while room and self._frames:
+            records, count, start = self._frames.popleft()
+            stop = min(count, start + room)
+            parts.append(records.slice(start, stop))
+            if stop < count:
+                self._frames.appendleft((records, count, stop))
+            room -= stop - start
+            self._credit -= stop - start
+            self._waiting -= stop - start
+        self._has_room.set()
+        return parts
+
+
+def _serialize(response: oona_pb2.StreamResponse | bytes) -> bytes:
+    return response if isinstance(response, bytes) else response.SerializeToString()
 
 
 async def main() -> None:
@@ -120,7 +134,7 @@ async def main() -> None:
     stream: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
         cast("Any", relay.stream),
         request_deserializer=oona_pb2.StreamRequest.FromString,
-        response_serializer=oona_pb2.StreamResponse.SerializeToString,
+        response_serializer=_serialize,
     )
     name = oona_pb2.DESCRIPTOR.services_by_name["Oona"].full_name
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, {"Stream": stream})])

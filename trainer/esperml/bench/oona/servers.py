@@ -188,6 +188,16 @@ def nats(folder: Path, settings: Mapping[str, str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def gateway(folder: Path, settings: Mapping[str, str]) -> Iterator[str]:
+    """The bus on JetStream: a gateway in a process of its own before one nats-server, whose settings are given."""
+    (folder / "nats").mkdir()
+    with nats(folder / "nats", settings) as cluster:
+        engine = {"ESPER_OONA__ENGINE": "jetstream", "ESPER_OONA__JETSTREAM__SERVERS": f"nats://{cluster}"}
+        with bus(folder, engine) as address:
+            yield address
+
+
+@contextlib.contextmanager
 def _python(module: str, *arguments: str, settings: Mapping[str, str]) -> Iterator[str]:
     with _running([sys.executable, "-m", module, *arguments], settings) as process:
         yield json.loads(process.read_line(START_TIMEOUT_S))["listening"]
