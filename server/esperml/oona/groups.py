@@ -188,13 +188,15 @@ class Group:
             # The next member reads them from the log again.
             self._restart()
             return
-        for span in sorted(leased + member.outstanding()):
+        undone = (self._trimmed(span) for span in leased + member.outstanding())
+        for span in sorted(span for span in undone if span is not None):
             self._enqueue(span)
 
     def route(self, frame: int, spans: Iterable[tuple[int, int, str]], wanted: frozenset[str]) -> None:
         """Queue the records of a frame from the cursor on for those who hold their runs. Needs a member.
 
-        Records of runs outside ``wanted`` (empty: all are wanted) are done with.
+        Records of runs outside ``wanted`` (empty: all are wanted), and those that a damaged log lost, which are of no
+        run, are done with.
 
         Args:
             frame: first offset of the frame.
@@ -206,16 +208,17 @@ class Group:
                 continue
             start = max(first, self.cursor)
             self.cursor = last + 1
-            if wanted and run_id not in wanted:
+            if not run_id or (wanted and run_id not in wanted):
                 if last >= self._committed:
                     self._finish(start, last)
-            elif self._undone(start, last) is not None:
-                self._enqueue(Span(start, last, frame, run_id))
+            elif (span := self._trimmed(Span(start, last, frame, run_id))) is not None:
+                self._enqueue(span)
 
     def due(self, member: Member, now_s: float) -> None:
         """Let those of its runs go on whose delay is over, and take back what it has held for too long."""
-        while (span := member.leases.expired(now_s)) is not None:
-            self._take_back(member, span, span.first, now_s, oona_pb2.DEAD_LETTER_REASON_EXPIRED)
+        for span in member.leases.expired(now_s):
+            if member.leases.at(span.first) is not None:  # It may have gone back with an earlier one of its run.
+                self._take_back(member, span, span.first, now_s, oona_pb2.DEAD_LETTER_REASON_EXPIRED)
         if member.delayed:
             for run_id in [run_id for run_id, delayed in member.delayed.items() if delayed.until_s <= now_s]:
                 self._resume(member, run_id)
@@ -401,6 +404,13 @@ class Group:
         self._done.add(first, last)
         self._committed = self._done.pop_prefix(self._committed)
         self._attempts.remove(first, last)
+
+    def _trimmed(self, span: Span) -> Span | None:
+        """A span from the first of its records on that is not done with, or None."""
+        undone = self._undone(span.first, span.last)
+        if undone is None:
+            return None
+        return span if undone[0] == span.first else span._replace(first=undone[0])
 
     def _undone(self, first: int, last: int) -> tuple[int, int] | None:
         """The first offsets in a range, both ends inside, that are not done with, or None."""

@@ -107,26 +107,20 @@ class Leases:
         """When the first of them runs out, on the caller's clock."""
         while self._deadlines:
             deadline_s, first, last = self._deadlines[0]
-            if self._due(first, last, deadline_s) is not None:
+            start, stop = self._overlap(first, last)
+            if any(lease.deadline_s <= deadline_s for lease in self._leases[start:stop]):
                 return deadline_s
             self._deadlines.popleft()
         return None
 
-    def expired(self, now_s: float) -> Span | None:
-        """A span that was held for too long, or None."""
-        deadline_s = self.next_deadline_s
-        if deadline_s is None or deadline_s > now_s:
-            return None
-        _, first, last = self._deadlines[0]
-        return self._due(first, last, deadline_s)
-
-    def _due(self, first: int, last: int, deadline_s: float) -> Span | None:
-        """What is leased until a time or less, of all between two offsets."""
-        start, stop = self._overlap(first, last)
-        for lease in self._leases[start:stop]:
-            if lease.deadline_s <= deadline_s:
-                return lease.span
-        return None
+    def expired(self, now_s: float) -> list[Span]:
+        """What was held for too long, ascending. It stays leased, and is not named again unless it is leased again."""
+        expired: set[Span] = set()
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            deadline_s, first, last = self._deadlines.popleft()
+            start, stop = self._overlap(first, last)
+            expired.update(lease.span for lease in self._leases[start:stop] if lease.deadline_s <= deadline_s)
+        return sorted(expired)
 
     def _overlap(self, first: int, last: int) -> tuple[int, int]:
         start = bisect_right(self._firsts, first)
