@@ -156,6 +156,7 @@ class SharedGroup:
                     continue  # Moved or purged meanwhile.
                 [event] = frame.events(offset, offset)
                 times = (frame.append_time_ns, time.time_ns())
+                self._topic.traffic.given_up += 1
                 self.letters.put(DeadLetter(offset, times[0], event, given_up.attempts, times[1], given_up.reason))
                 self.state.bury(offset)
                 changed = True
@@ -199,7 +200,11 @@ class MemberReader(Subscription):
         """Settle records; see :meth:`esperml.oona.subscriptions.ServedSubscription.ack`."""
         state, letters, member = self._group.state, self._group.letters, self._member
         now_s = asyncio.get_running_loop().time()
+        traffic = self._topic.traffic
+        traffic.given_back += len(ack.nacked)
         for settled in ack.acked:
+            # Whoever names more than there is, is done with no more than there is.
+            traffic.acknowledged += max(min(settled.last + 1, self._topic.bounds.next) - settled.first, 0)
             state.ack(member, settled.first, settled.last)
         for offset in ack.extended:
             state.extend(member, offset, now_s)
@@ -244,7 +249,7 @@ class MemberReader(Subscription):
             return True
         if not delivery.count:
             return routed
-        await self._emit(delivery.encode())
+        await self._deliver(delivery)
         return True
 
     async def _fill(self, delivery: DeliveryBuilder, now_s: float) -> bool:
@@ -265,6 +270,8 @@ class MemberReader(Subscription):
             taken = delivery.add(records, span.first - first, span.last + 1 - first) + first - 1
             if taken < span.first:
                 return False
+            if attempt > 1:
+                self._topic.traffic.redelivered += taken - span.first + 1
             state.lease(member, taken, now_s)
         return False
 

@@ -194,7 +194,7 @@ class ClientStream:
                 outcome = None if unanswered.stored is None else await unanswered.stored
                 response = unanswered.response(outcome)
             except LogError as error:
-                response = oona_pb2.StreamResponse(rejected=from_log_error(error).to_proto())
+                response = self._rejected(from_log_error(error), None)
                 if isinstance(error, LogUnavailableError):
                     self._admission.not_stored(str(error))
             response.request_id = unanswered.request_id
@@ -202,6 +202,10 @@ class ClientStream:
             self._unanswered_bytes -= unanswered.size
             self._answered.set()
             self._unanswered.task_done()
+
+    def _rejected(self, error: RequestRejectedError, _: None) -> oona_pb2.StreamResponse:
+        self._broker.rejections[error.reason] += 1
+        return oona_pb2.StreamResponse(rejected=error.to_proto())
 
     async def _next_request(self) -> oona_pb2.StreamRequest | None:
         frame = await self._read()
@@ -220,7 +224,7 @@ class ClientStream:
                 await self._handle(request, tasks)
             except RequestRejectedError as error:
                 # Behind what is not answered yet, so that a publisher sees the first refusal first.
-                rejected = partial(_rejected, error)
+                rejected = partial(self._rejected, error)
                 await self._unanswered.put(_Unanswered(request.request_id, 0, None, rejected))
 
     async def _handle(self, request: oona_pb2.StreamRequest, tasks: asyncio.TaskGroup) -> None:
@@ -321,10 +325,6 @@ class ClientStream:
                 f"{request}.subscription_id: {subscription_id} is not a subscription of this stream",
             )
         return found
-
-
-def _rejected(error: RequestRejectedError, _: None) -> oona_pb2.StreamResponse:
-    return oona_pb2.StreamResponse(rejected=error.to_proto())
 
 
 def _acked(committed: int) -> oona_pb2.StreamResponse:

@@ -151,6 +151,11 @@ class Subscription(ABC):
     def _new_delivery(self) -> DeliveryBuilder:
         return DeliveryBuilder(self.subscription_id, self._delivery_records, self._credit)
 
+    async def _deliver(self, delivery: DeliveryBuilder) -> None:
+        encoded = delivery.encode()
+        self._topic.traffic.delivery_sent(delivery.count, len(encoded))
+        await self._emit(encoded)
+
     async def _tell_progress(self) -> float | None:
         """Say that the reader has caught up, unless it knows. Returns when to do so where it is too early."""
         high_watermark = self._topic.bounds.next
@@ -226,7 +231,7 @@ class PrivateReader(Subscription):
         delivery = self._new_delivery()
         self._fill(delivery, frames)
         if delivery.count:
-            await self._emit(delivery.encode())
+            await self._deliver(delivery)
         return self._next > before
 
     def _fill(self, delivery: DeliveryBuilder, frames: list[Frame]) -> None:

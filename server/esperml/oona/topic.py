@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from esperml.oona.frames import Frame, FrameCache, decode
 from esperml.oona.log import LogDamagedError
+from esperml.oona.traffic import Traffic
 
 if TYPE_CHECKING:
     from esperml.oona.log import Appended, EncodedEvents, Log, TopicBounds
@@ -30,11 +31,13 @@ class Topic:
     Attributes:
         kind: the kind.
         wakers: set when there is more to read, or less.
+        traffic: counts of what goes through it.
     """
 
     def __init__(self, kind: event_pb2.Kind.ValueType, log: Log, cache_bytes: int) -> None:
         self.kind = kind
         self.wakers: set[asyncio.Event] = set()
+        self.traffic = Traffic()
         self._log = log
         self._cache = FrameCache(cache_bytes)
         self._floor = log.bounds(kind).earliest

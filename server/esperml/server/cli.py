@@ -27,6 +27,7 @@ _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 @click.option("--client-ca", type=_FILE, help="Authorities (PEM) of the certificates that clients must have then.")
 @click.option("--tokens", type=_FILE, help="File of tokens, of which every call must show one; see `esper token`.")
 @click.option("--insecure", is_flag=True, default=None, help="Allow an address beyond loopback without TLS and tokens.")
+@click.option("--metrics-port", type=int, help="Port on loopback at which Prometheus finds metrics.  [default: none]")
 @click.option("--config", "file", type=click.Path(path_type=Path), help="TOML file of settings.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level to log.")
 @click.option("--log-format", type=click.Choice(["console", "json"]), help="Log for people or for machines.")
@@ -43,6 +44,7 @@ def serve(
     client_ca: Path | None,
     tokens: Path | None,
     insecure: bool | None,
+    metrics_port: int | None,
     file: Path | None,
     log_level: str | None,
     log_format: str | None,
@@ -71,6 +73,7 @@ def serve(
         "server.client_ca": client_ca,
         "server.tokens": tokens,
         "server.insecure": insecure,
+        "server.metrics_port": metrics_port,
         "oona.engine": engine,
         "oona.jetstream.servers": nats,
         "tamiyo.policy": policy,

@@ -32,6 +32,18 @@ class ExposedAddressError(ValueError):
         self.host = host
 
 
+class ExposedMetricsError(ExposedAddressError):
+    """The server was told to serve metrics beyond loopback, where anybody could read them, and not that it may."""
+
+    def __init__(self, host: str) -> None:
+        ValueError.__init__(
+            self,
+            f"server.metrics_host: {host} can be reached from other machines, and metrics are served in the clear and "
+            "to everybody; let Prometheus come over loopback, or pass --insecure",
+        )
+        self.host = host
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach ``host``. Of names, only ``localhost`` counts as that."""
     if host == "localhost":

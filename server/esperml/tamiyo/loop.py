@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
@@ -29,6 +30,7 @@ from esperml.client.credentials import NO_CREDENTIALS, Credentials
 from esperml.contract import InvalidFieldError, kind_name
 from esperml.tamiyo.controller import Controller, Outgoing
 from esperml.tamiyo.sessions import stale_reports
+from esperml.tamiyo.work import Work
 from esperml.v1 import event_pb2, oona_pb2
 
 GROUP: Final = "tamiyo"
@@ -67,6 +69,9 @@ class TamiyoLoop:
     Args:
         controller: decides.
         credentials: token and TLS, where the bus asks for them.
+
+    Attributes:
+        work: counts of what the controller did.
     """
 
     def __init__(self, controller: Controller, *, credentials: Credentials = NO_CREDENTIALS) -> None:
@@ -78,6 +83,7 @@ class TamiyoLoop:
         self._start = 0  # Reports below this offset were there before this loop: they say how hosts were then.
         self._committed: dict[event_pb2.Kind.ValueType, int] = {}
         self._progress = asyncio.Condition()
+        self.work = Work()
 
     @contextlib.asynccontextmanager
     async def running(self, target: str) -> AsyncIterator[None]:
@@ -190,11 +196,15 @@ class TamiyoLoop:
         try:
             if event.WhichOneof("payload") != "run_started":
                 await self._ensure_known(event.run_id, kind, record.offset)
-            return self._controller.handle(kind, event, stale=stale)
+            began_s = time.perf_counter()
+            outgoing = self._controller.handle(kind, event, stale=stale)
+            self.work.handled(kind, outgoing, time.perf_counter() - began_s)
         except InvalidFieldError as error:
             log.warning("event_refused", run_id=event.run_id, field=error.field, problem=error.problem)
         except FAILURES:
             log.exception("event_failed", run_id=event.run_id, kind=kind_name(kind), offset=record.offset)
+        else:
+            return outgoing
         return []
 
     async def _ensure_known(self, run_id: str, kind: event_pb2.Kind.ValueType, before: int) -> None:
