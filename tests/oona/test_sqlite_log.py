@@ -111,6 +111,7 @@ async def test_a_file_cut_off_is_refused(path, make_event):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.floats(0, 1, exclude_max=True), garbage=st.binary(min_size=16, max_size=64))
+@example(position=0.0005, garbage=bytes(11) + b"\x05" + bytes(4))  # SQLite: "unsupported file format".
 @example(position=0.0625, garbage=b"\x80" + bytes(15))  # SQLite's message about it is no UTF-8.
 async def test_a_damaged_file_is_read_right_or_refused(path, make_event, position, garbage):
     for leftover in path.parent.iterdir():

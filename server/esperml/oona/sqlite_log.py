@@ -9,7 +9,6 @@ Another thread reads, on a connection of its own, and sees what is committed.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import queue
 import sqlite3
@@ -18,7 +17,9 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Final, Literal, TypeVar, cast
+
+import structlog
 
 from esperml.oona.log import (
     NO_LETTERS,
@@ -29,7 +30,6 @@ from esperml.oona.log import (
     LogDamagedError,
     LogError,
     LogFullError,
-    LogInUseError,
     LogUnavailableError,
     SequenceGapError,
     StoredFrame,
@@ -37,7 +37,8 @@ from esperml.oona.log import (
 )
 from esperml.oona.ranges import RangeSet
 from esperml.oona.sqlite_letters import letter_offsets, read_letters
-from esperml.oona.sqlite_schema import create_or_check_schema
+from esperml.oona.sqlite_lock import lock_log, mark_closed, mark_open
+from esperml.oona.sqlite_schema import SALVAGE, check_files, create_or_check_schema
 from esperml.oona.sqlite_transaction import Transaction, oldest_frames
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ _SYNCHRONOUS: Final = {"fsync": "FULL", "page_cache": "NORMAL"}
 _DAMAGED: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 _T = TypeVar("_T")
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -107,14 +110,17 @@ class SqliteLog:
         self.durability: Final = durability
         self._path = path
         self._max_bytes = max_bytes
-        self._lock = _lock(path)
+        self._lock = lock_log(path)
         try:
+            check_files(path, self._lock)
             self._open(max_bytes)
+            mark_open(self._lock)
         except (*_DAMAGED, json.JSONDecodeError) as error:
             self._lock.close()
-            if isinstance(error, sqlite3.OperationalError):
+            # SQLite's general error is here about what is in the file; the others are about getting at it.
+            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
                 raise LogUnavailableError(f"{path}: cannot be opened: {error}") from error
-            raise LogDamagedError(f"{path}: is damaged or no log of this program: {error}") from error
+            raise LogDamagedError(f"{path}: is damaged or no log of this program: {error}; {SALVAGE}") from error
         except LogDamagedError:
             self._lock.close()
             raise
@@ -231,9 +237,7 @@ class SqliteLog:
         self._requests.put(None)
         await asyncio.to_thread(self._writer.join)
         self._readers.shutdown()
-        self._read_connection.close()
-        self._connection.close()
-        self._lock.close()
+        await asyncio.to_thread(self._close_files)
 
     # Inside: the event loop's side.
 
@@ -324,13 +328,25 @@ class SqliteLog:
                 return LogFullError(limit, _FULL_RETRY_S)
         return LogUnavailableError(f"{self._path.name}: cannot store: {error}")
 
+    def _close_files(self) -> None:
+        self._read_connection.close()
+        try:
+            busy, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy:
+                mark_closed(self._lock)
+        except sqlite3.Error as error:
+            # What is in the write-ahead log stays there, to be found when the log is opened again.
+            _log.warning("log_left_open", path=str(self._path), detail=str(error))
+        self._connection.close()
+        self._lock.close()
+
     # Inside: the reader thread.
 
     async def _in_reader(self, query: Callable[[], _T]) -> _T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._readers, query)
         except _DAMAGED as error:
-            raise LogDamagedError(f"{self._path}: cannot be read: {error}") from error
+            raise LogDamagedError(f"{self._path}: cannot be read: {error}; {SALVAGE}") from error
 
     def _read_frames(self, kind: int, offset: int, max_bytes: int) -> list[StoredFrame]:
         frames: list[StoredFrame] = []
@@ -345,7 +361,9 @@ class SqliteLog:
             if first_offset + count <= offset:
                 continue
             if zlib.crc32(batch) != crc32:
-                raise LogDamagedError(f"{self._path}: log {kind}: the frame at offset {first_offset} is damaged")
+                raise LogDamagedError(
+                    f"{self._path}: log {kind}: the frame at offset {first_offset} is damaged; {SALVAGE}"
+                )
             frames.append(StoredFrame(first_offset, count, append_time_ns, batch))
             size += len(batch)
             if size >= max_bytes:
@@ -359,17 +377,3 @@ class SqliteLog:
             (kind, time_ns),
         ).fetchone()
         return None if row is None else row[0]
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """Take the file's lock, which ends with the process however it ends."""
-    try:
-        file = path.with_name(path.name + ".lock").open("wb")
-    except OSError as error:
-        raise LogUnavailableError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise LogInUseError(f"{path}: another process has this log open") from error
-    return file

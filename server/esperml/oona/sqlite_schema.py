@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from esperml.oona.log import LogDamagedError
 from esperml.oona.sqlite_letters import LETTERS_SCHEMA
+from esperml.oona.sqlite_lock import was_left_open
 
 if TYPE_CHECKING:
     import sqlite3
@@ -17,6 +18,9 @@ _APPLICATION_ID: Final = 0x4F6F6E61
 _VERSION: Final = 2
 # Walking every page of a larger file would hold up the start for seconds.
 _FULL_CHECK_BYTES: Final = 256 * 2**20
+SALVAGE: Final = "stop the server and see what `esper log salvage` can save"
+"""What to do about a damaged log."""
+
 # Frames at the end of each log that are checked however large the file is.
 _LAST_FRAMES: Final = 8
 
@@ -39,6 +43,15 @@ _SCHEMA: Final = (
 
 # What makes a log of each earlier version one of the next.
 _MIGRATIONS: Final = {1: ("ALTER TABLE groups ADD COLUMN attempts TEXT NOT NULL DEFAULT '[]'", *LETTERS_SCHEMA)}
+
+
+def check_files(path: Path, lock: IO[bytes]) -> None:
+    """Check that no file of a log is missing. Raises :class:`LogDamagedError` where one is."""
+    wal = path.with_name(path.name + "-wal")
+    if was_left_open(lock) and path.exists() and not wal.exists():
+        raise LogDamagedError(
+            f"{path}: was not closed, and {wal.name}, which holds what was stored last, is missing; {SALVAGE}"
+        )
 
 
 def create_or_check_schema(path: Path, connection: sqlite3.Connection) -> None:
@@ -64,20 +77,22 @@ def create_or_check_schema(path: Path, connection: sqlite3.Connection) -> None:
     if path.stat().st_size <= _FULL_CHECK_BYTES:
         problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
-            raise LogDamagedError(f"{path}: is damaged: {problem}")
+            raise LogDamagedError(f"{path}: is damaged: {problem}; {SALVAGE}")
     for kind, next_offset in connection.execute("SELECT kind, next_offset FROM topics").fetchall():
         last = connection.execute(
             "SELECT first_offset + count FROM frames WHERE kind = ? ORDER BY first_offset DESC LIMIT 1", (kind,)
         ).fetchone()
         if last is not None and last[0] != next_offset:
-            raise LogDamagedError(f"{path}: is damaged: log {kind} ends at offset {last[0]}, not at {next_offset}")
+            raise LogDamagedError(
+                f"{path}: is damaged: log {kind} ends at offset {last[0]}, not at {next_offset}; {SALVAGE}"
+            )
         # What a crash can have spoilt is what was written last.
         for first_offset, crc32, batch in connection.execute(
             "SELECT first_offset, crc32, batch FROM frames WHERE kind = ? ORDER BY first_offset DESC LIMIT ?",
             (kind, _LAST_FRAMES),
         ):
             if zlib.crc32(batch) != crc32:
-                raise LogDamagedError(f"{path}: is damaged: log {kind}: the frame at offset {first_offset}")
+                raise LogDamagedError(f"{path}: is damaged: log {kind}: the frame at offset {first_offset}; {SALVAGE}")
     if version < _VERSION:
         connection.execute("BEGIN IMMEDIATE")
         for earlier in range(version, _VERSION):

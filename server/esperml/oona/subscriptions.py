@@ -244,7 +244,8 @@ class PrivateReader(Subscription):
                     last = min(last, self._end_offset - 1)  # noqa: PLW2901
                     if last < self._next:
                         return
-                if not self._run_ids or run_id in self._run_ids:
+                # A record of no run stands for one that a damaged log lost.
+                if run_id and (not self._run_ids or run_id in self._run_ids):
                     start = max(first, self._next) - frame.first_offset
                     end = delivery.add(frame.records(), start, last + 1 - frame.first_offset)
                     self._next = frame.first_offset + end
