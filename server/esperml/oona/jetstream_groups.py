@@ -82,7 +82,6 @@ class GroupStore:
 
     Attributes:
         stream: the stream's name.
-        subjects: everything in it.
         records: what the cluster holds.
         lost: called with a group that another gateway has taken.
         claimed_only: whether a group must be claimed before it can be saved.
@@ -90,7 +89,6 @@ class GroupStore:
 
     def __init__(self, link: Link, prefix: str, gateway: str, timeout_s: float) -> None:
         self.stream = f"{prefix}_GROUPS".upper()
-        self.subjects = f"{prefix}._group.>"
         self.records: dict[GroupKey, GroupRecord] = {}
         self.claimed_only = False
         self.lost: Callable[[GroupKey], None] = lambda _: None
@@ -98,7 +96,7 @@ class GroupStore:
         self._prefix = f"{prefix}._group."
         self._gateway = gateway
         self._timeout_s = timeout_s
-        self._follower = Follower(link, self.stream, self.subjects, self._apply)
+        self._follower = Follower(link, self.stream, ">", self._apply)
         self._waiting: dict[GroupKey, _Saving] = {}
         self._savers: dict[GroupKey, asyncio.Task[None]] = {}
 
@@ -244,6 +242,8 @@ class GroupStore:
             _note_letter(record, offset, None if letter is None else letter.replaying)
 
     def _apply(self, sequence: int, subject: str, data: bytes) -> None:
+        if not subject.startswith(self._prefix):
+            return  # A gateway lives.
         kind, token, what, *rest = subject.removeprefix(self._prefix).split(".")
         key = (int(kind), from_token(token))
         record = self.records.setdefault(key, GroupRecord())
