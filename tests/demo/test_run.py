@@ -15,9 +15,10 @@ from rich.console import Console
 from esperml.client.recording import describe, read
 from esperml.demo.cli import demo as command
 from esperml.demo.display import Board, Lines
-from esperml.demo.run import Demo, run_demo
+from esperml.demo.run import Demo, _is_due, run_demo
 from esperml.demo.server import ServerError, ServerProcess
 from esperml.demo.story import ROLES, Role
+from esperml.tamiyo.run_control import LIFECYCLE
 from esperml.trainer.arena.hosts import HostSpec
 from esperml.trainer.arena.twins import Plan, Progress
 from esperml.v1 import event_pb2
@@ -140,7 +141,20 @@ def test_the_command_tells_what_came_of_it(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for said in ("under Tamiyo", "mnist1d", "report.html"):
         assert said in result.output
-    assert (tmp_path / "demo" / "mnist1d-seed3.mcap").exists()
+    decided = [
+        recorded.event.decision
+        for recorded in read(tmp_path / "demo" / "mnist1d-seed3.mcap")
+        if recorded.event.HasField("decision") and recorded.event.run_id.endswith("adapted")
+    ]
+    # Five are due in 200 steps, which take a fraction of a second: the demo waits for each, if not for ever.
+    assert len({decision.step for decision in decided if decision.policy != LIFECYCLE}) >= 4
+
+
+@pytest.mark.parametrize(
+    ("decided_at", "due"), [(0, [100, 150, 200, 250, 300]), (100, [200, 250, 300]), (150, [250, 300])]
+)
+def test_a_decision_is_due_after_warm_up_and_an_interval_after_the_last(decided_at: int, due: list[int]) -> None:
+    assert [step for step in range(50, 301, 50) if _is_due(PLAN, decided_at, step)] == due
 
 
 def test_the_command_names_what_hinders_it(tmp_path: Path) -> None:

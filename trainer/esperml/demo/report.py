@@ -10,6 +10,7 @@ from typing import Final
 from esperml.demo import pictures, style
 from esperml.demo.story import ROLES, TITLES, DemoStory, HostStory, Role, RunStory
 from esperml.demo.summary import wins
+from esperml.tamiyo.run_control import LIFECYCLE
 from esperml.v1 import decision_pb2
 
 _PAGE: Final = Template(
@@ -123,9 +124,7 @@ def _row(host: HostStory, role: Role, *, best: bool) -> str:
     swatch = f'<span class="swatch" style="background:{style.TWINS[role]}"></span>'
     return (
         f'<tr{" class=best" if best else ""}><td class="text">{name}</td>'
-        f'<td class="text twin">{swatch}{TITLES[role]}</td>'
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + "</tr>"
+        f'<td class="text twin">{swatch}{TITLES[role]}</td>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     )
 
 
@@ -230,7 +229,7 @@ def _footer(story: DemoStory) -> str:
             f"{decision.policy} {decision.policy_version[:12]}".strip()
             for host in story.hosts
             for decision in host.runs["adapted"].decisions
-            if decision.policy != "lifecycle"
+            if decision.policy != LIFECYCLE
         }
     )
     decided = f"Policy: {escape(', '.join(policies))}. " if policies else ""

@@ -28,6 +28,9 @@ QUICK_PLAN: Final = Plan(
 )
 _POLICIES: Final[dict[Role, str]] = {"static": "nothing", "adapted": "", "random": "chance"}
 _SETTLE_TIMEOUT_S: Final = 20.0
+_ANSWER_TIMEOUT_S: Final = 2.0
+"""Longest wait for an answer: hosts of the demo take a step in less than a millisecond, and would be done before the
+first decision came. One of everyday size is answered within a step or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ def _train_host(demo: Demo, host: HostStory, server: ServerProcess, story: DemoS
     with BusRecorder(server.address, path, tuple(roles), on_event) as recorder:
         for role in ROLES:
             watcher.say(f"{host.name}, seed {host.spec.seed}: {TITLES[role]}")
-            _train_role(demo, host, role, run_ids, server, story, watcher)
+            _train_role(demo, host, role, run_ids, server, recorder, story, watcher)
         recorder.wait_until(
             lambda: host.runs["static"].ended and host.runs["adapted"].finished and host.runs["random"].finished,
             going=lambda: server.alive,
@@ -126,11 +129,17 @@ def _train_role(
     role: Role,
     run_ids: Mapping[Role, str],
     server: ServerProcess,
+    recorder: BusRecorder,
     story: DemoStory,
     watcher: Watcher,
 ) -> None:
     def on_progress(moment: Progress) -> None:
         watcher.progress(host.name, role, moment)
+        run = host.runs[role]
+        if role != "static" and _is_due(demo.plan, run.decided_at, moment.step):
+            recorder.wait_until(
+                lambda: run.decided_at >= moment.step, going=lambda: server.alive, timeout_s=_ANSWER_TIMEOUT_S
+            )
         if not story.server_lost and not server.alive:
             story.server_lost = f"by step {moment.step} of {host.name} {TITLES[role]}"
             watcher.say(f"the server was lost {story.server_lost}; training goes on without it")
@@ -146,3 +155,8 @@ def _train_role(
         labels={"demo": host.name, "twin": role},
         on_progress=on_progress,
     )
+
+
+def _is_due(plan: Plan, decided_at: int, step: int) -> bool:
+    """Whether Tamiyo decides on the report of ``step``, having last decided on that of ``decided_at``, 0 for never."""
+    return step >= max(plan.warmup_steps, decided_at + plan.decision_interval_steps if decided_at else 0)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from esperml.tamiyo.run_control import LIFECYCLE
 from esperml.trainer.arena.hosts import HostSpec
 from esperml.trainer.arena.twins import TwinResult
 from esperml.v1 import decision_pb2, event_pb2, graph_pb2, health_pb2
@@ -75,6 +76,11 @@ class RunStory:
     def actions(self) -> list[decision_pb2.AdaptationDecision]:
         """Decisions to do something, oldest first, those that were held back included."""
         return [decision for decision in self.decisions if decision.action.WhichOneof("kind") not in (None, "none")]
+
+    @property
+    def decided_at(self) -> int:
+        """Step on which the policy last decided, doing nothing included; 0 before the first."""
+        return next((decision.step for decision in reversed(self.decisions) if decision.policy != LIFECYCLE), 0)
 
     def counts(self) -> Counter[str]:
         """How many decisions were ``sent``, ``applied`` and ``refused`` (expired ones included)."""

@@ -152,7 +152,7 @@ def train_twin(
         policy: who decides; empty for the server's default.
         paired_run: the static twin's run, trained before. Empty where there is none.
         labels: more labels than those of the spec.
-        on_progress: called every ``plan.report_every`` steps, from this thread.
+        on_progress: called every ``plan.report_every`` steps, from this thread; its time is not counted as training.
     """
     task = load_task(spec.task)
     host = build(spec, task)
@@ -181,6 +181,8 @@ def train_twin(
             paired_run=paired_run,
             labels={**spec.labels(), **(labels or {})},
             report_every=plan.report_every,
+            # The server is of our own making: what the environment says of another's must not hold for it.
+            credentials=NO_CREDENTIALS,
         ) as session:
             recent: list[Tensor] = []
             for step, epoch, inputs, targets in batches(task, spec, plan.steps):
@@ -198,7 +200,8 @@ def train_twin(
                     recent.clear()
                     curve.append(moment)
                     if on_progress:
-                        on_progress(moment)
+                        with session.untimed():
+                            on_progress(moment)
         summary = str(session.summary())
     return TwinResult(
         run=run,
