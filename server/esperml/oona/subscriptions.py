@@ -13,6 +13,7 @@ from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from collections.abc import Set as AbstractSet
 
     from esperml.oona.frames import Frame
     from esperml.oona.log import LogUnavailableError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # A reader at the tail catches up with every frame; it is told so no more often than this.
 _PROGRESS_INTERVAL_S: Final = 0.1
+# One that only others' records come by is told more rarely: it learns no more than where it may go on after a break.
+_PASSED_PROGRESS_INTERVAL_S: Final = 2.0
 
 
 class ServedSubscription(Protocol):
@@ -89,7 +92,11 @@ class Subscription(ABC):
         self._failure: LogUnavailableError | None = None
         self._told_high_watermark: int | None = None
         self._told_at_s = 0.0
-        topic.wakers.add(self._waker)
+        self._attend()
+
+    def _attend(self) -> None:
+        """Have the topic say when there is more to read, or less."""
+        self._topic.wakers.add(self._waker)
 
     @property
     def high_watermark(self) -> int:
@@ -198,12 +205,48 @@ class PrivateReader(Subscription):
         end: int | None,
         run_ids: frozenset[str],
     ) -> None:
+        self._run_ids = run_ids
         super().__init__(subscription_id, topic, emit, delivery_records)
         self.start_offset = start
         self._next = start
         self._end_offset = end
-        self._run_ids = run_ids
         self._blocked = False
+        self._says_progress: asyncio.TimerHandle | None = None
+
+    def _attend(self) -> None:
+        if self._run_ids:
+            self._topic.passers.add(self._pass)
+        else:
+            super()._attend()
+
+    def close(self) -> None:
+        """Take no further part."""
+        super().close()
+        self._topic.passers.discard(self._pass)
+        if self._says_progress is not None:
+            self._says_progress.cancel()
+
+    def _pass(self, start: int, end: int, run_ids: AbstractSet[str] | None) -> None:
+        """Move on over what is of other runs; else look.
+
+        With many readers of a run each, whatever is stored is of no interest to almost all of them.
+        """
+        if (
+            run_ids is None
+            or self._next != start
+            or not (start >= self._topic.bounds.earliest and self._run_ids.isdisjoint(run_ids))
+            or (self._end_offset is not None and end >= self._end_offset)
+        ):
+            self._waker.set()
+            return
+        self._next = end
+        if self._says_progress is None:
+            loop = asyncio.get_running_loop()
+            self._says_progress = loop.call_later(_PASSED_PROGRESS_INTERVAL_S, self._say_progress)
+
+    def _say_progress(self) -> None:
+        self._says_progress = None
+        self._waker.set()
 
     def grant(self, messages: int, size: int) -> None:
         """Add credit."""

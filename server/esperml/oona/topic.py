@@ -10,6 +10,9 @@ from esperml.oona.log import LogDamagedError
 from esperml.oona.traffic import Traffic
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
+
     from esperml.oona.log import Appended, EncodedEvents, Log, TopicBounds
     from esperml.v1 import event_pb2
 
@@ -31,16 +34,21 @@ class Topic:
     Attributes:
         kind: the kind.
         wakers: set when there is more to read, or less.
+        passers: called in place of a waker by readers of some runs only, with where the log ended, where it ends, and
+            the runs of what lies between, or None where they are not known.
         traffic: counts of what goes through it.
     """
 
     def __init__(self, kind: event_pb2.Kind.ValueType, log: Log, cache_bytes: int) -> None:
         self.kind = kind
         self.wakers: set[asyncio.Event] = set()
+        self.passers: set[Callable[[int, int, AbstractSet[str] | None], None]] = set()
         self.traffic = Traffic()
         self._log = log
         self._cache = FrameCache(cache_bytes)
         self._floor = log.bounds(kind).earliest
+        self._passed = log.bounds(kind).next
+        self._passes = False
 
     @property
     def bounds(self) -> TopicBounds:
@@ -61,9 +69,30 @@ class Topic:
         return True
 
     def wake(self) -> None:
-        """Let every reader look again."""
+        """Let every reader look again that may have something to see."""
         for waker in self.wakers:
             waker.set()
+        if self.passers and not self._passes:
+            # What was stored just now lies in the cache as soon as the callbacks that wait for it have run.
+            self._passes = True
+            asyncio.get_running_loop().call_soon(self._pass)
+
+    def _pass(self) -> None:
+        self._passes = False
+        start, self._passed = self._passed, self.bounds.next
+        run_ids = self._runs(start)
+        for passer in self.passers:
+            passer(start, self._passed, run_ids)
+
+    def _runs(self, offset: int) -> set[str] | None:
+        """The runs of what is stored from an offset on, or None where some of it is not in the cache."""
+        run_ids: set[str] = set()
+        while offset < self._passed:
+            if (frame := self._cache.get(offset)) is None:
+                return None
+            run_ids.update(run_id for _, _, run_id in frame.spans)
+            offset = frame.end
+        return run_ids
 
     def cached(self, first_offset: int) -> Frame | None:
         """The frame that starts at an offset, if it need not be read."""
