@@ -26,7 +26,7 @@ from esperml.client import OonaClient
 from esperml.oona.sqlite_log import SqliteLog
 from esperml.v1 import event_pb2, oona_pb2
 
-CUTS = int(os.environ.get("POWER_CUTS", "24"))
+CUTS = int(os.environ.get("POWER_CUTS", "15"))
 EVENTS = event_pb2.KIND_EVENTS
 EARLIEST = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
 SECTOR = 512
@@ -113,6 +113,18 @@ class Disk:
             else:
                 file.since.append((what, length if what == TRUNCATE else offset, body))
 
+    @classmethod
+    def writes(cls, journal: Path, name: str) -> list[int]:
+        """Positions in the journal behind the writes to a file."""
+        open_files: dict[int, str] = {}
+        positions = []
+        for position, what, number, _, _, body in cls._read(journal):
+            if what == OPEN:
+                open_files[number] = Path(body.decode()).name
+            elif what == WRITE and open_files.get(number) == name:
+                positions.append(position)
+        return positions
+
     def write_to(self, folder: Path, chance: random.Random | None) -> None:
         """Lay out the files as they are after a power failure. Shared memory ends with the machine."""
         folder.mkdir()
@@ -198,10 +210,11 @@ async def test_what_was_confirmed_is_there_after_a_power_failure(
     process.kill()
 
     chance = random.Random()
-    # Half of the cuts at the very moments at which clients learned of something.
-    cuts = [chance.choice(known).position for _ in range(CUTS // 2)]
-    cuts += [chance.randrange(journal.stat().st_size + 1) for _ in range(CUTS // 2)]
+    # A third of the cuts at the very moments at which clients learned of something, a third within checkpoints.
     disk = Disk(journal)
+    cuts = [chance.choice(known).position for _ in range(CUTS // 3)]
+    cuts += chance.choices(Disk.writes(journal, "oona.sqlite"), k=CUTS // 3)
+    cuts += [chance.randrange(journal.stat().st_size + 1) for _ in range(CUTS // 3)]
     checkpoints_cut = lost = 0
     for index, cut in enumerate(sorted(cuts)):
         disk.advance(cut)

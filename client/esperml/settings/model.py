@@ -136,7 +136,10 @@ class OonaSettings(Section):
     )
     delivery_records: int = Field(256, ge=1, description="Most records in one delivery.")
     max_log_bytes: int = Field(
-        0, ge=0, description="Most bytes of the log file; beyond them nothing is stored until a purge. 0: no limit."
+        0,
+        ge=0,
+        description="Most bytes of the log file; beyond them nothing is stored until a purge. 0: no limit but "
+        "the disk's, and on a full disk a purge has no room to work.",
     )
     cache_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of recent frames kept decoded for readers.")
     retention: RetentionSettings = RetentionSettings()
