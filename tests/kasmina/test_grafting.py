@@ -183,10 +183,16 @@ def test_other_optimizers_take_newborn_parameters_too(case, make):
     here.optimizer = make(here.model.parameters(), lr=torch.tensor(1e-2) if make is torch.optim.Adam else 1e-2)
     grafter = kasmina.Grafter(kasmina.host_of(here.model), here.optimizer)
     here.step()
-    plant(grafter)
+    seed = plant(grafter)
+    born = [parameter.detach().clone() for parameter in seed.body.parameters()]
     here.step()
+    assert any(not torch.equal(one, other) for one, other in zip(born, seed.body.parameters(), strict=True))
     grafter.cull("s")
+    assert len(here.optimizer.param_groups) == 1
+    assert not {id(parameter) for parameter in seed.body.parameters()} & {id(known) for known in here.optimizer.state}
+    before = [parameter.detach().clone() for parameter in here.model.parameters()]
     here.step()
+    assert any(not torch.equal(one, other) for one, other in zip(before, here.model.parameters(), strict=True))
 
 
 def test_named_parameters_stay_named(case):
@@ -206,9 +212,14 @@ def test_an_optimizer_of_one_group_refuses(case):
 
 def test_a_host_without_an_optimizer_can_grow(case):
     here = case("mlp")
-    grafter = kasmina.Grafter(kasmina.host_of(here.model), None)
-    plant(grafter)
+    host = kasmina.host_of(here.model)
+    grafter = kasmina.Grafter(host, None)
+    seed = plant(grafter)
+    assert host.seeds == {"s": seed}
+    assert len(here.optimizer.param_groups) == 1
     grafter.cull("s")
+    assert host.seeds == {}
+    assert host.seed_parameters == 0
 
 
 def test_a_fossil_trains_on_and_closes_its_place(case):

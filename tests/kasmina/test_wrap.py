@@ -118,12 +118,23 @@ def test_the_example_may_be_positional_or_by_keyword(case, form):
     assert len(kasmina.host_of(plain.model).layers) == 3
 
 
-def test_a_forward_pass_that_fails_leaves_no_trace(case):
-    plain = case("mlp", wrapped=False)
-    with pytest.raises(RuntimeError):
-        kasmina.wrap(plain.model, torch.randn(2, 99))
-    assert not any(module._forward_hooks for module in plain.model.modules())
-    kasmina.wrap(plain.model, plain.inputs)
+class Choosy(nn.Module):
+    """A model that raises an error of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        self.layer(x)
+        raise OSError("the lookup table is gone")
+
+
+def test_what_a_model_raises_for_reasons_of_its_own_is_passed_on_and_leaves_no_trace():
+    model = Choosy()
+    with pytest.raises(OSError, match="lookup table"):
+        kasmina.wrap(model, torch.randn(2, 4))
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_deep_copy_of_a_grown_host_lives_its_own_life(any_case):
@@ -168,3 +179,26 @@ def test_blueprints_beyond_a_graft_s_budget_are_left_out_of_the_mask(case):
     assert all(mask == 0b1111 for mask in list(host.graph().places.blueprints)[:1])
     assert host.graph(graft_parameter_budget=18).places.blueprints[0] == 0b0001
     assert host.graph(graft_parameter_budget=1).places.blueprints[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("example", "described"),
+    [
+        (torch.zeros(8, 5), "a tensor of shape (8, 5), float32, cpu: RuntimeError"),
+        (torch.zeros(8, 4, dtype=torch.int64), "a tensor of shape (8, 4), int64, cpu: RuntimeError"),
+        ((torch.zeros(8, 4), 3), "a tuple of a tensor of shape (8, 4), float32, cpu, of type int: TypeError"),
+        ({"y": torch.zeros(8, 4)}, "a dict of y: a tensor of shape (8, 4), float32, cpu: TypeError"),
+        ((), "a tuple of nothing: TypeError"),
+        (None, "of type NoneType: TypeError"),
+    ],
+    ids=["width", "dtype", "arguments", "keywords", "nothing", "none"],
+)
+def test_an_example_input_that_does_not_fit_is_named_and_leaves_the_model_plain(example, described):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(kasmina.UnsupportedHostError) as caught:
+        kasmina.wrap(model, example)
+    assert f"the model does not run on example_input, which is {described}" in str(caught.value)
+    assert "a tuple of positional arguments" in str(caught.value)
+    assert caught.value.__cause__ is not None
+    assert not any(module._forward_hooks for module in model.modules())
+    kasmina.wrap(model, torch.zeros(8, 4))

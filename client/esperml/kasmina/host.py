@@ -251,7 +251,8 @@ def wrap(model: Model, example_input: object, *, layers: LayerSelection = None, 
         The wrapped model: the same object with ``inplace``.
 
     Raises:
-        UnsupportedHostError: there is no layer to wrap, none of them runs, or the model is wrapped already.
+        UnsupportedHostError: there is no layer to wrap, none of them runs, the model does not take ``example_input``,
+            or it is wrapped already.
     """
     if _ATTRIBUTE in vars(model):
         raise UnsupportedHostError("the model is wrapped already")

@@ -53,6 +53,9 @@ _TRANSPARENT: Final = frozenset({"View", "UnsafeView", "Reshape", "ReshapeAlias"
 
 _SUMS: Final = frozenset({"Add", "Sub"})
 
+_MISFITS: Final = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What a model raises on an input that is not for it."""
+
 
 @dataclass(slots=True)
 class LayerTrace:
@@ -164,8 +167,7 @@ def trace(model: nn.Module, example_input: object, layers: Mapping[str, nn.Modul
     The host runs in the modes that its modules are in; modes, buffers and random number generators are restored.
 
     Raises:
-        UnsupportedHostError: none of the layers ran.
-        Exception: whatever the host itself raises on ``example_input``.
+        UnsupportedHostError: the host does not take ``example_input``, or none of the layers ran.
     """
     traces = {name: LayerTrace(name) for name in layers}
     calls: list[str] = []
@@ -195,6 +197,12 @@ def trace(model: nn.Module, example_input: object, layers: Mapping[str, nn.Modul
     try:
         with undisturbed(model), torch.enable_grad():
             result = call_model(model, example_input)
+    except _MISFITS as error:
+        raise UnsupportedHostError(
+            f"the model does not run on example_input, which is {_describe(example_input)}: {type(error).__name__}: "
+            f"{error}. Give it what you call the model with in training: a tensor, a tuple of positional arguments or "
+            "a dict of keyword arguments, with a batch dimension, on the model's device and of its dtype"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -208,6 +216,18 @@ def trace(model: nn.Module, example_input: object, layers: Mapping[str, nn.Modul
     reached = _walk_all(calls, nodes, result, traces)
     edges = _edges([(index[calls[s]], index[calls[t]], summed) for s, t, summed in reached], len(ran))
     return Trace(tuple(traces[name] for name in ran), edges)
+
+
+def _describe(example_input: object) -> str:
+    """What an example input is, without its values."""
+    if isinstance(example_input, Tensor):
+        shape = ", ".join(map(str, example_input.shape))
+        return f"a tensor of shape ({shape}), {str(example_input.dtype).removeprefix('torch.')}, {example_input.device}"
+    if isinstance(example_input, Mapping):
+        return "a dict of " + ", ".join(f"{name}: {_describe(value)}" for name, value in example_input.items())
+    if isinstance(example_input, (tuple, list)):
+        return f"a {type(example_input).__name__} of {', '.join(map(_describe, example_input)) or 'nothing'}"
+    return f"of type {type(example_input).__name__}"
 
 
 def _walk_all(
