@@ -41,7 +41,7 @@ def server_options(settings: OonaSettings) -> Sequence[tuple[str, int]]:
     return (
         ("grpc.max_receive_message_length", settings.max_frame_bytes + _TRANSPORT_MARGIN),
         ("grpc.max_send_message_length", -1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
     )
