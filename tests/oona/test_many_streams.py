@@ -18,6 +18,7 @@ import pytest
 
 from esperml.bench.oona.figures import estimate
 from esperml.client import OonaClient, new_event
+from esperml.settings import LogSettings, configure_logging
 from esperml.v1 import event_pb2, oona_pb2, run_pb2
 
 STREAMS = int(os.environ.get("SOAK_STREAMS", "0"))
@@ -130,6 +131,7 @@ def server(tmp_path):
 
 @pytest.mark.timeout(0 if LONG else 120)
 async def test_a_stalled_consumer_among_many_streams_costs_the_others_nothing(server, open_stream):
+    configure_logging(LogSettings(level="warning"))  # A line a stream would be too much.
     async with contextlib.AsyncExitStack() as stack:
         publisher = await stack.enter_async_context(OonaClient(server.target, client_id="backlog"))
         for _ in range(BACKLOG_FRAMES):
