@@ -39,7 +39,7 @@ COMMANDS: Final = {
     "record": Mount("esperml.cli.record:record", "", "Record what goes over the bus into a file that any tool reads."),
     "replay": Mount("esperml.cli.replay:replay", "", "Put a recording back on a bus, at its pace, faster, or renamed."),
     "token": Mount("esperml.server.token_cli:token", "", "Make, list and revoke tokens that let clients in."),
-    "log": Mount("esperml.oona.cli:log", "server", "Check the bus's log file; save what a damaged one still holds."),
+    "log": Mount("esperml.server.log_cli:log", "server", "Check the bus's log file; save what a damaged one holds."),
     "bench": Mount("esperml.bench.cli:bench", "trainer", "Measure latency against a floor in the same run."),
     "config": Mount("esperml.cli.config:config", "", "Show the settings in force and where each came from."),
 }
