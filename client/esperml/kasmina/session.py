@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 import uuid
@@ -63,6 +64,9 @@ def connect(
     credentials: Credentials | None = None,
 ) -> Session:
     """Connect a training run to Tamiyo. Never waits, and never fails for a server that is not there.
+
+    What it reports carries the W3C trace context in ``TRACEPARENT``, if the environment has one, and what is decided on
+    it carries it on.
 
     Args:
         target: address of the server, for example ``localhost:50051``, or a link.
@@ -175,6 +179,8 @@ class Session:
             evaluate_every=evaluate_every,
             hold_steps=limits.hold_steps if limits.HasField("hold_steps") else _HOLD_STEPS,
         )
+        self._traceparent = os.environ.get("TRACEPARENT", "")
+        self._traceparents: dict[str, str] = {}  # Of the commands that came with one, by decision.
         self._proposals = Proposals()
         self._remarks: dict[str, str] = {}
         self._superseded = False
@@ -296,7 +302,7 @@ class Session:
         """Do what was sent to this session."""
         if event.HasField("command"):
             self._proposals.approve(event.command.decision_id)
-            self._carry_out(event.command)
+            self._carry_out(event)
         elif event.notice.code == run_pb2.NOTICE_CODE_PROPOSED:
             self._proposals.take(event.notice.decision)
         elif event.HasField("notice"):
@@ -331,10 +337,13 @@ class Session:
         dropped = self._link.statistics().reports_dropped
         report, effects = self._reporter.report(self.steps, self._epoch, loss, dropped)
         for effect in effects:
-            self._publish(event_pb2.KIND_OUTCOMES, effect=effect)
+            self._publish(event_pb2.KIND_OUTCOMES, effect.decision_id, effect=effect)
         self._publish(event_pb2.KIND_TELEMETRY, health_report=report)
 
-    def _carry_out(self, command: decision_pb2.Command) -> None:
+    def _carry_out(self, event: event_pb2.Event) -> None:
+        command = event.command
+        if event.traceparent:
+            self._traceparents[command.decision_id] = event.traceparent
         carried = self._commander.carry_out(command, self.steps)
         if carried is None:
             return
@@ -344,10 +353,10 @@ class Session:
         else:
             self.decisions_refused += 1
         _log.info("command_handled", run_id=self.run, step=self.steps, outcome=carried.words)
-        self._publish(event_pb2.KIND_OUTCOMES, applied=carried.applied)
+        self._publish(event_pb2.KIND_OUTCOMES, command.decision_id, applied=carried.applied)
         if carried.structure_changed:
             changed = run_pb2.StructureChanged(step=self.steps, decision_id=command.decision_id, graph=self._graph())
-            self._publish(event_pb2.KIND_EVENTS, structure_changed=changed)
+            self._publish(event_pb2.KIND_EVENTS, command.decision_id, structure_changed=changed)
 
     def _graph(self) -> graph_pb2.HostGraph:
         return self._host.graph(self._graft_budget)
@@ -357,8 +366,11 @@ class Session:
         self._clock.spend(seconds - self._sender_seconds)
         self._sender_seconds = seconds
 
-    def _publish(self, kind: event_pb2.Kind.ValueType, **payload: Any) -> None:
-        self._link.publish(kind, new_event(self.run, session_id=self.session_id, **payload))
+    def _publish(self, kind: event_pb2.Kind.ValueType, decision_id: str = "", **payload: Any) -> None:
+        """Publish an event, in the trace context of the decision that it is about, or of this process."""
+        traceparent = self._traceparents.get(decision_id, self._traceparent)
+        event = new_event(self.run, session_id=self.session_id, traceparent=traceparent, **payload)
+        self._link.publish(kind, event)
 
     def _close(self, end: run_pb2.RunEnd.ValueType, error: str) -> None:
         if self._closed:

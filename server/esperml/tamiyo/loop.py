@@ -30,6 +30,7 @@ from esperml.client.credentials import NO_CREDENTIALS, Credentials
 from esperml.contract import InvalidFieldError, kind_name
 from esperml.tamiyo.controller import Controller, Outgoing
 from esperml.tamiyo.sessions import stale_reports
+from esperml.tamiyo.tracing import log_decisions, log_outcome, under
 from esperml.tamiyo.work import Work
 from esperml.v1 import event_pb2, oona_pb2
 
@@ -122,6 +123,7 @@ class TamiyoLoop:
         client = self._client_now()
         for kind, events in in_frames(outgoing):
             await client.publish(kind, events)
+        log_decisions(outgoing)
 
     async def _consume(self, client: OonaClient, kind: event_pb2.Kind.ValueType) -> None:
         start = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_COMMITTED)
@@ -153,7 +155,8 @@ class TamiyoLoop:
                 await self._catch_up(record.event.run_id)
             backlog = subscription.kind == event_pb2.KIND_TELEMETRY and record.offset < self._start
             async with self._turn:
-                outgoing = await self._handle(subscription.kind, record, stale=is_stale or backlog)
+                with under(record.event):
+                    outgoing = await self._handle(subscription.kind, record, stale=is_stale or backlog)
             try:
                 await self.publish(outgoing)
             except (RejectedError, FrameTooLargeError) as error:
@@ -199,6 +202,7 @@ class TamiyoLoop:
             began_s = time.perf_counter()
             outgoing = self._controller.handle(kind, event, stale=stale)
             self.work.handled(kind, outgoing, time.perf_counter() - began_s)
+            log_outcome(event)
         except InvalidFieldError as error:
             log.warning("event_refused", run_id=event.run_id, field=error.field, problem=error.problem)
         except FAILURES:

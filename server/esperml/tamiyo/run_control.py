@@ -79,6 +79,7 @@ class RunControl:
         self._check(event)
         if not self.run.is_new(event.event_id):
             return []
+        self.run.cause = event.traceparent
         match event.WhichOneof("payload"):
             case "health_report":
                 return self._report(event, stale=stale)
@@ -144,6 +145,7 @@ class RunControl:
             except InvalidFieldError as error:
                 log.warning("report_refused", run_id=run.run_id, field=error.field, problem=error.problem)
                 continue
+            run.cause = event.traceparent
             outgoing += self._report(event, stale=stale)
         return outgoing
 
@@ -354,11 +356,11 @@ class RunControl:
 
     def _told(self, decision: decision_pb2.AdaptationDecision, at: Timestamp) -> Outgoing:
         """The decision as it stands, and the command where it is sent, or where it may not be, the notice of it."""
-        told = self.run.event(f"{decision.decision_id}/{decision.disposition}", at)
+        told = self.run.event(f"{decision.decision_id}/{decision.disposition}", at, decision.decision_id)
         told.decision.CopyFrom(decision)
         outgoing: Outgoing = [(event_pb2.KIND_DECISIONS, told)]
         if decision.disposition == decision_pb2.DISPOSITION_SENT:
-            sent = self.run.event(f"{decision.decision_id}/command", at)
+            sent = self.run.event(f"{decision.decision_id}/command", at, decision.decision_id)
             sent.command.CopyFrom(
                 decision_pb2.Command(
                     decision_id=decision.decision_id,
@@ -371,7 +373,8 @@ class RunControl:
             )
             outgoing.append((event_pb2.KIND_COMMANDS, sent))
         elif decision.mode != decision_pb2.MODE_ACT and decision.disposition != decision_pb2.DISPOSITION_NONE:
-            proposed = self.run.event(f"{decision.decision_id}/{decision.disposition}/notice", at)
+            what = f"{decision.decision_id}/{decision.disposition}/notice"
+            proposed = self.run.event(what, at, decision.decision_id)
             proposed.notice.CopyFrom(
                 run_pb2.Notice(code=run_pb2.NOTICE_CODE_PROPOSED, text=decision.reason, decision=decision)
             )

@@ -90,6 +90,8 @@ class RunState:
         applied: commands that the host applied.
         refused: commands that the host refused.
         ahead: reports that wait for their structure.
+        cause: trace context of the event that is being handled; empty where it has none.
+        causes: trace context of what caused each decision, by its id.
     """
 
     run_id: str
@@ -117,6 +119,8 @@ class RunState:
     applied: int = 0
     refused: int = 0
     ahead: list[event_pb2.Event] = field(default_factory=list)
+    cause: str = ""
+    causes: dict[str, str] = field(default_factory=dict)
     _seen: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
     @property
@@ -153,10 +157,17 @@ class RunState:
         """The id of what is made of this run at a step: the same whenever the same report is handled again."""
         return uuid.uuid5(_NAMESPACE, f"{self.origin}/{self.run_id}/{step}/{what}").hex
 
-    def event(self, what: str, at: Timestamp) -> event_pb2.Event:
-        """An event for this run's session, whose payload is still to come; the same ``what`` gives the same id."""
+    def event(self, what: str, at: Timestamp, decision_id: str = "") -> event_pb2.Event:
+        """An event for this run's session, whose payload is still to come; the same ``what`` gives the same id.
+
+        It carries the trace context of what caused the decision that it is about, or of what is being handled.
+        """
         return event_pb2.Event(
-            event_id=self.new_id(0, what), run_id=self.run_id, created_at=at, session_id=self.session_id
+            event_id=self.new_id(0, what),
+            run_id=self.run_id,
+            traceparent=self.causes.get(decision_id, self.cause) if decision_id else self.cause,
+            created_at=at,
+            session_id=self.session_id,
         )
 
     def state(self) -> graph_pb2.ModelGraphState:
@@ -166,8 +177,10 @@ class RunState:
     def remember(self, decision: decision_pb2.AdaptationDecision) -> None:
         """Keep a decision, so that its outcome can be matched with it."""
         self.decisions[decision.decision_id] = decision
+        self.causes[decision.decision_id] = self.cause
         while len(self.decisions) > MAX_DECISIONS:
             oldest, _ = self.decisions.popitem(last=False)
+            self.causes.pop(oldest, None)
             self.in_flight.pop(oldest, None)
             if oldest in self.pending:
                 self.pending.remove(oldest)
