@@ -92,7 +92,7 @@ class SharedGroup:
         """Let a member go."""
         had = bool(member.leases)
         self.state.leave(member, failed=not self._server_ends)
-        self.letters.replays.leave(member, asyncio.get_running_loop().time())
+        self.letters.replays.leave(member, asyncio.get_running_loop().time(), failed=not self._server_ends)
         self._behind_floor.discard(member)
         del self._wakers[member]
         if had and not self._server_ends:

@@ -100,11 +100,15 @@ class Replays:
         if (lease := self._leases.get(offset)) is not None and lease.member is member:
             lease.deadline_s = now_s + member.ack_deadline_s
 
-    def leave(self, member: Member, now_s: float) -> None:
-        """Let a member go: what it had goes to the others, at once."""
+    def leave(self, member: Member, now_s: float, *, failed: bool) -> None:
+        """Let a member go: what it had goes to the others, at once, and failed unless it left for its own reasons."""
         for offset, lease in list(self._leases.items()):
             if lease.member is member:
-                self._take_back(offset, now_s, oona_pb2.DEAD_LETTER_REASON_MEMBER_LEFT)
+                if failed:
+                    self._take_back(offset, now_s, oona_pb2.DEAD_LETTER_REASON_MEMBER_LEFT)
+                else:
+                    del self._leases[offset]
+                    self._ready[offset] = None
 
     def _take_back(self, offset: int, now_s: float, reason: oona_pb2.DeadLetterReason.ValueType) -> None:
         member = self._leases.pop(offset).member
