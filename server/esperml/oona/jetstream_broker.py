@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -86,9 +87,9 @@ class ClusterBroker(Broker):
         self._coordination = Coordination(
             log.link, self._store, alive_root, log.gateway, self._lease_s, self._let_all_go
         )
-        self._taking: dict[GroupKey, asyncio.Lock] = {}
+        self._locks: dict[GroupKey, asyncio.Lock] = {}
         self._gatherings: dict[GroupKey, _Gathering] = {}
-        self._members_here: dict[GroupKey, set[MemberReader]] = {}
+        self._members_here: dict[GroupKey, weakref.WeakSet[MemberReader]] = {}
         self._saved_owners: dict[GroupKey, dict[str, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -169,12 +170,14 @@ class ClusterBroker(Broker):
 
     async def _join_here(self, subscribe: oona_pb2.Subscribe, emit: Emit, name: str) -> ServedSubscription:
         key = (subscribe.kind, subscribe.group)
-        await self._take(key)
-        member = await super().subscribe(subscribe, emit, name)
+        # One at a time: of two that find a group new, the second must see what the first has founded.
+        async with self._lock(key):
+            await self._take(key)
+            member = await super().subscribe(subscribe, emit, name)
         if not isinstance(member, MemberReader):
             raise TypeError("a member of a group is a MemberReader")
         try:
-            self._members_here.setdefault(key, set()).add(member)
+            self._members_here.setdefault(key, weakref.WeakSet()).add(member)
             if (gathering := self._gatherings.get(key)) is not None:
                 await gathering.arrive(name)
                 self._gatherings.pop(key, None)
@@ -185,20 +188,22 @@ class ClusterBroker(Broker):
 
     async def _take(self, key: GroupKey) -> None:
         """Have a group that this gateway has claimed ready for members."""
-        async with self._taking.setdefault(key, asyncio.Lock()):
-            if key in self._groups:
-                return
-            await self._store.catch_up()
-            record = self._store.records.get(key, GroupRecord())
-            if record.gateway != self._gateway:
-                raise GroupMovedError(key[1])
-            if record.progress is None:
-                return  # New: who joins first founds it.
-            kind, name = key
-            group = SharedGroup(name, self._topics[kind], self._log, record.progress)
-            group.state.claims = dict(record.owners)
-            self._gatherings[key] = _Gathering(set(record.owners.values()), self._lease_s)
-            self._groups[key] = group
+        if key in self._groups:
+            return
+        await self._store.catch_up()
+        record = self._store.records.get(key, GroupRecord())
+        if record.gateway != self._gateway:
+            raise GroupMovedError(key[1])
+        if record.progress is None:
+            return  # New: who joins first founds it.
+        kind, name = key
+        group = SharedGroup(name, self._topics[kind], self._log, record.progress)
+        group.state.claims = dict(record.owners)
+        self._gatherings[key] = _Gathering(set(record.owners.values()), self._lease_s / 2)
+        self._groups[key] = group
+
+    def _lock(self, key: GroupKey) -> asyncio.Lock:
+        return self._locks.setdefault(key, asyncio.Lock())
 
     def _let_go(self, key: GroupKey) -> None:
         """Coordinate a group no longer: its members, wherever they are, come again and find its new coordinator."""
@@ -206,7 +211,7 @@ class ClusterBroker(Broker):
             group.server_ends()
         self._gatherings.pop(key, None)
         self._saved_owners.pop(key, None)
-        for member in self._members_here.pop(key, ()):
+        for member in list(self._members_here.pop(key, ())):
             member.fail(GroupMovedError(key[1]))
 
     def _let_all_go(self) -> None:
@@ -263,7 +268,9 @@ class ClusterBroker(Broker):
             raise from_log_error(error) from error
 
     async def _call_here(self, call: GroupCall) -> int:
-        await self._take((call.kind, call.group))
+        key = (call.kind, call.group)
+        async with self._lock(key):
+            await self._take(key)
         work = super().replay_dead_letters if call.name == "replay" else super().purge_dead_letters
         return await work(call.kind, call.group, call.offsets)
 

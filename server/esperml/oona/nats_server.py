@@ -84,6 +84,11 @@ class NatsServer:
             lines.append(f'cluster {{ name: oona, listen: "127.0.0.1:{route}", routes: [{peers}] }}')
         (self._folder / "nats.conf").write_text("\n".join(lines) + "\n")
 
+    @property
+    def is_running(self) -> bool:
+        """Whether its process is there."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start it. It may take a moment until it answers."""
         arguments = (find_nats_server(), "-c", self._folder / "nats.conf", "-l", self._folder / "nats.log")
