@@ -21,7 +21,7 @@ from esperml.bench.oona.clients import make_events, side_by_side
 from esperml.bench.oona.figures import estimate
 from esperml.bench.oona.lane import SYSTEMS
 from esperml.bench.oona.machine import facts, fdatasync_s
-from esperml.bench.oona.measure import QUICK, measure
+from esperml.bench.oona.measure import QUICK
 from esperml.bench.oona.servers import PeerAbsentError, Process, ProcessFailedError, find_program, require_module
 from esperml.bench.oona.table import Report
 from esperml.contract import check_event
@@ -120,21 +120,6 @@ def test_the_tables_name_systems_ratios_and_what_was_skipped(quick):
     assert f"{found['ratio_floor']:.2f}" in text
     assert "not measured" in text
     assert "skipped: redis (always): there is no redis-server" in text
-
-
-@pytest.mark.parametrize("peer", PEERS)
-def test_a_peer_that_is_there_is_measured(peer, tmp_path):
-    systems = [system for system in SYSTEMS if system.name == peer and system.durability == PEERS[peer][-1]]
-    steps: list[str] = []
-    found = measure(TINY, systems=systems, folder=tmp_path, advance=lambda words, _total: steps.append(words))
-    if found["skipped"]:
-        pytest.skip(found["skipped"][0]["reason"])
-    [case] = found["cases"]
-    assert case["e2e_per_s"] > 0
-    assert case["single_p50_us"] > 0
-    assert found["ratio_floor"] is None, "there is nothing to compare with"
-    assert found["single_p99_over_floor"] is None
-    assert len(steps) == len(systems) * (1 + 2 * TINY.rounds)
 
 
 @pytest.mark.parametrize("payload", [100, 127, 128, 129, 130, 256, 4096, 20_000])

@@ -10,10 +10,10 @@ groups.
 from __future__ import annotations
 
 import asyncio
-import sys
+import contextlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, cast
 
 import grpc
@@ -126,22 +126,32 @@ def _serialize(response: oona_pb2.StreamResponse | bytes) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-async def main() -> None:
-    """Serve until the process is ended."""
+@contextlib.asynccontextmanager
+async def serving() -> AsyncIterator[int]:
+    """The relay on a free port, which it yields."""
     settings = OonaSettings()
     server = grpc.aio.server(options=[*server_options(settings), ("grpc.so_reuseport", 0)])
-    relay = Relay(settings)
     stream: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
-        cast("Any", relay.stream),
+        cast("Any", Relay(settings).stream),
         request_deserializer=oona_pb2.StreamRequest.FromString,
         response_serializer=_serialize,
     )
     name = oona_pb2.DESCRIPTOR.services_by_name["Oona"].full_name
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, {"Stream": stream})])
-    say_listening(server.add_insecure_port("127.0.0.1:0"))
+    port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    await server.wait_for_termination()
+    try:
+        yield port
+    finally:
+        await server.stop(None)
+
+
+async def main() -> None:
+    """Serve until the process is ended."""
+    async with serving() as port:
+        say_listening(port)
+        await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    asyncio.run(main())

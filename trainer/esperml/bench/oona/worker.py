@@ -81,12 +81,18 @@ class ConsumerProcess:
         return {}
 
 
+def make_peer(client: str, role: str, address: str) -> Any:
+    """The publisher or the consumer of a client."""
+    module, publisher, consumer = CLIENTS[client]
+    name = publisher if role == "publisher" else consumer
+    return getattr(importlib.import_module(module), name)(address)
+
+
 async def main(client: str, role: str, address: str) -> None:
     """Serve requests until standard input ends."""
     configure_logging(LogSettings(level="warning"))
-    module, *classes = CLIENTS[client]
-    peer = getattr(importlib.import_module(module), classes[role == "consumer"])(address)
-    process = ConsumerProcess(peer) if role == "consumer" else PublisherProcess(peer)
+    peer = make_peer(client, role, address)
+    process = PublisherProcess(peer) if role == "publisher" else ConsumerProcess(peer)
     await peer.connect()
     _say({})
     while line := await asyncio.to_thread(sys.stdin.readline):
