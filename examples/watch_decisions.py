@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import uuid
 
-from esperml.client import OonaClient
+from esperml.client import Credentials, OonaClient
 from esperml.v1 import decision_pb2, event_pb2, oona_pb2
 
 
@@ -22,9 +22,10 @@ async def watch(target: str, *, earliest: bool, count: int | None) -> None:
         count: how many decisions to read, "none" included; ``None`` for no end.
     """
     start = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST if earliest else oona_pb2.ANCHOR_LATEST)
+    credentials = Credentials.from_environment()  # ESPER_TOKEN, ESPER_CA and the like, where the server asks for them.
     read = 0
     async with (
-        OonaClient(target, client_id=f"watcher-{uuid.uuid4().hex}") as oona,
+        OonaClient(target, client_id=f"watcher-{uuid.uuid4().hex}", credentials=credentials) as oona,
         oona.subscribe(event_pb2.KIND_DECISIONS, start=start) as decisions,
     ):
         async for record in decisions:

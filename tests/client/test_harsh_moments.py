@@ -118,7 +118,7 @@ async def test_a_full_disk_is_all_that_is_warned_of_however_much_waits(bus, clie
                 return_exceptions=True,
             )
     assert any(isinstance(outcome, PublishTimeoutError) for outcome in outcomes)
-    assert {entry["event"] for entry in logs if entry["log_level"] == "warning"} == {"server_cannot_store"}
+    assert {entry["event"] for entry in logs if entry["log_level"] == "warning"} == {"publishing_waits"}
 
 
 async def test_acknowledging_what_was_read_before_a_purge_is_told_like_a_broken_stream(client, events):

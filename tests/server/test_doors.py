@@ -362,3 +362,26 @@ async def test_a_refused_caller_is_logged_with_its_name_and_never_with_its_token
 
 def test_credentials_do_not_show_their_token():
     assert "secret" not in repr(Credentials(token="secret"))
+
+
+async def test_tamiyo_is_not_serving_once_it_has_stopped_and_the_bus_goes_on(serve, make_token, monkeypatch, capsys):
+    files = []
+
+    class Kept(watch.TokensFile):
+        def __init__(self, path) -> None:
+            super().__init__(path)
+            files.append(self)
+
+    monkeypatch.setattr(app, "TokensFile", Kept)
+    host = make_token("host")
+    async with serve() as guarded, grpc.aio.insecure_channel(guarded.target) as channel:
+        watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="esperml.v1.Tamiyo"))
+        assert (await watched.read()).status == health_pb2.HealthCheckResponse.SERVING
+        # Nobody can revoke the server's own token, but this is what a bus elsewhere could do.
+        files[0].tokens._internal.clear()
+        async with asyncio.timeout(20):
+            assert (await watched.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watched.cancel()
+        async with client(guarded, host) as oona:
+            assert (await oona.publish(EVENTS, [ended()], timeout_s=20)).count == 1
+    assert "tamiyo_stopped" in "".join(capsys.readouterr())

@@ -422,7 +422,7 @@ class OonaClient(TopicCalls):
         if error.reason in RETRYABLE_REJECTIONS:
             # Everything behind it leaves a gap now and is refused as well: all of it goes out again, later.
             if self._last_refusal is None:
-                _log.warning("server_cannot_store", target=self._target, detail=error.message)
+                _log.warning("publishing_waits", target=self._target, detail=error.message)
             self._last_refusal = error
             self._window.rewind()
             delay = self._backoff.next_delay(error.retry_after_s or 0.0)

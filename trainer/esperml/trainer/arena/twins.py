@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from esperml import kasmina
+from esperml.client.credentials import NO_CREDENTIALS
 from esperml.trainer.arena.hosts import HostSpec, build
 from esperml.trainer.arena.tasks import Split, Task, load_task
 from esperml.v1 import graph_pb2
