@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,30 @@ from esperml.v1 import event_pb2, oona_pb2, run_pb2
 KIND = event_pb2.KIND_EVENTS
 RUNS = ("run-a", "run-b", "run-c")
 PUBLISHERS = ("p", "q")
-# So long that no deadline passes within a test; deadlines have tests of their own, with a clock of their own.
-REDELIVERY = RedeliverySettings(max_attempts=1000, min_delay_s=0, max_delay_s=0)
+MAX_ATTEMPTS = 2
+REDELIVERY = RedeliverySettings(max_attempts=MAX_ATTEMPTS, min_delay_s=0, max_delay_s=0)
+NACKED = oona_pb2.DEAD_LETTER_REASON_NACKED
+EXPIRED = oona_pb2.DEAD_LETTER_REASON_EXPIRED
+LEFT = oona_pb2.DEAD_LETTER_REASON_MEMBER_LEFT
+# So long that no deadline passes unless a rule says so.
 SETTINGS = OonaSettings(ack_deadline_s=3600, delivery_records=3, redelivery=REDELIVERY)
+
+
+@dataclass
+class Letter:
+    """A dead letter, as the model has it.
+
+    Attributes:
+        attempts: deliveries.
+        reason: why it is one.
+        replaying: whether it was given back.
+        failures: deliveries of the replay that came back.
+    """
+
+    attempts: int
+    reason: oona_pb2.DeadLetterReason.ValueType
+    replaying: bool = False
+    failures: int = 0
 
 
 class Reader:
@@ -46,6 +68,7 @@ class Reader:
         self.subscription: MemberReader
         self.task: asyncio.Task[None]
         self.held: dict[int, event_pb2.Record] = {}
+        self.letters: dict[int, event_pb2.Record] = {}
         self.owned: set[str] = set()
         self.credit = 0
 
@@ -76,6 +99,9 @@ class BrokerMachine(RuleBasedStateMachine):
         self.floor = 0
         self.sequences = dict.fromkeys(PUBLISHERS, 0)
         self.done: set[int] = set()
+        self.deliveries: dict[int, int] = {}
+        self.failures: dict[int, int] = {}
+        self.letters: dict[int, Letter] = {}
         self.live: list[Reader] = []
         self.number = 0
         self.runner.run(self._open())
@@ -189,6 +215,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
         self.runner.run(subscribe())
         self.live.append(member)
+        self._settle()
         return member
 
     @rule(member=members, credit=st.integers(1, 8))
@@ -205,8 +232,8 @@ class BrokerMachine(RuleBasedStateMachine):
             return
         offsets = data.draw(st.sets(st.sampled_from(sorted(member.held)), min_size=1))
         ranges = [oona_pb2.OffsetRange(first=offset, last=offset) for offset in sorted(offsets)]
-        self.done |= offsets
         for offset in offsets:
+            self._done_with(offset)
             del member.held[offset]
         self._ack(member, oona_pb2.Ack(acked=ranges))
 
@@ -222,15 +249,82 @@ class BrokerMachine(RuleBasedStateMachine):
         if member not in self.live or not member.held:
             return
         offset = data.draw(st.sampled_from(sorted(member.held)))
-        run = self.stored[offset][0]
-        for later in [o for o in member.held if o >= offset and self.stored[o][0] == run]:
-            del member.held[later]
+        self._take_back(member, offset, NACKED)
         self._ack(member, oona_pb2.Ack(nacked=[offset]))
+
+    @rule(member=members)
+    def expire(self, member) -> None:
+        """The deadlines of all that the member holds pass."""
+        if member not in self.live:
+            return
+        for run in RUNS:
+            if of_run := [offset for offset in sorted(member.held) if self.stored[offset][0] == run]:
+                self._take_back(member, of_run[0], EXPIRED)
+        for offset in list(member.letters):
+            self._take_letter_back(member, offset, EXPIRED)
+
+        async def pass_time() -> None:
+            group, state = member.subscription._group, member.subscription._member
+            later_s = asyncio.get_running_loop().time() + 2 * SETTINGS.ack_deadline_s
+            group.letters.replays.due(state, later_s)
+            # What was delayed from then on is not to be waited for.
+            group.letters.replays.due(state, later_s + 1)
+            if group.state.due(state, later_s):
+                group.save_soon()
+            group.state.due(state, later_s + 1)
+            group.wake()
+
+        self.runner.run(pass_time())
+        self._settle()
+
+    @rule(member=members, data=st.data(), acked=st.booleans())
+    def settle_a_letter(self, member, data, acked) -> None:
+        if member not in self.live or not member.letters:
+            return
+        offset = data.draw(st.sampled_from(sorted(member.letters)))
+        if acked:
+            del member.letters[offset], self.letters[offset]
+            self._ack(member, oona_pb2.Ack(acked=[oona_pb2.OffsetRange(first=offset, last=offset)]))
+        else:
+            self._take_letter_back(member, offset, NACKED)
+            self._ack(member, oona_pb2.Ack(nacked=[offset]))
+
+    @precondition(lambda self: self.letters)
+    @rule(data=st.data(), everything=st.booleans())
+    def replay_letters(self, data, everything) -> None:
+        offsets = [] if everything else data.draw(st.lists(st.sampled_from(sorted(self.letters)), min_size=1))
+        chosen = [self.letters[offset] for offset in set(offsets) or self.letters]
+        expected = sum(not letter.replaying for letter in chosen)
+        assert self.runner.run(self.broker.replay_dead_letters(KIND, "g", offsets)) == expected
+        for letter in chosen:
+            letter.replaying = True
+        self._settle()
+
+    @precondition(lambda self: self.letters)
+    @rule(data=st.data(), everything=st.booleans())
+    def purge_letters(self, data, everything) -> None:
+        offsets = [] if everything else data.draw(st.lists(st.sampled_from(sorted(self.letters)), min_size=1))
+        chosen = set(offsets) or set(self.letters)
+        assert self.runner.run(self.broker.purge_dead_letters(KIND, "g", offsets)) == len(chosen)
+        for offset in chosen:
+            del self.letters[offset]
+            for member in self.live:
+                member.letters.pop(offset, None)
 
     @rule(member=consumes(members))
     def lose_member(self, member) -> None:
         if member not in self.live:
             return
+        for run in RUNS:
+            if of_run := [offset for offset in sorted(member.held) if self.stored[offset][0] == run]:
+                for offset in of_run:
+                    self.deliveries[offset] = self.deliveries.get(offset, 0) + 1
+                self.failures[of_run[0]] = self.failures.get(of_run[0], 0) + 1
+        for offset in list(member.letters):
+            self._take_letter_back(member, offset, LEFT)
+        self._remove(member)
+
+    def _remove(self, member: Reader) -> None:
         self.live.remove(member)
 
         async def leave() -> None:
@@ -245,10 +339,31 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @rule()
     def restart_from_disk(self) -> None:
+        self.broker.server_ends()
         for member in list(self.live):
-            self.lose_member(member)
+            self._remove(member)
+        self._reopen()
+
+    @rule()
+    def crash(self) -> None:
+        """The server ends in the middle of everything, and nobody says goodbye."""
+
+        async def die() -> None:
+            for member in self.live:
+                member.task.cancel()
+            if self.live:
+                await asyncio.wait([member.task for member in self.live])
+
+        self.runner.run(die())
+        self.live.clear()
+        self._reopen()
+
+    def _reopen(self) -> None:
         self.runner.run(self.log.close())
         self.runner.run(self._open())
+        # Deliveries of a replay are counted for as long as the server runs.
+        for letter in self.letters.values():
+            letter.failures = 0
 
     @precondition(lambda self: not self.live)
     @rule(data=st.data())
@@ -259,7 +374,8 @@ class BrokerMachine(RuleBasedStateMachine):
         self.floor = kept[0][0] if kept else len(self.stored)
         self.frames = kept
         assert earliest == self.floor
-        self.done |= set(range(self.floor))
+        for offset in range(self.floor):
+            self._done_with(offset)
 
     # What always holds.
 
@@ -279,6 +395,52 @@ class BrokerMachine(RuleBasedStateMachine):
             assert group.lag == len(self.stored) - committed
             assert group.members == len(self.live)
 
+    @invariant()
+    def the_dead_letters_are_those_that_failed_too_often(self) -> None:
+        if not self.is_open or not self.broker.groups(KIND):
+            return
+
+        async def listed():
+            # What was asked to be stored before is stored when this is answered.
+            await self.log.next_sequence(PUBLISHERS[0])
+            return await self.broker.dead_letters(KIND, "g", 0, 1000)
+
+        letters, following = self.runner.run(listed())
+        assert following is None
+        assert self.broker.groups(KIND)[0].dead_letters == len(self.letters)
+        assert {letter.offset: (letter.attempts, letter.reason, letter.replaying) for letter in letters} == {
+            offset: (letter.attempts, letter.reason, letter.replaying) for offset, letter in self.letters.items()
+        }
+        for letter in letters:
+            event = event_pb2.Event.FromString(letter.event)
+            assert (event.run_id, event.run_ended.error) == self.stored[letter.offset]
+
+    def _done_with(self, offset: int) -> None:
+        self.done.add(offset)
+        self.deliveries.pop(offset, None)
+        self.failures.pop(offset, None)
+
+    def _take_back(self, member: Reader, offset: int, reason: oona_pb2.DeadLetterReason.ValueType) -> None:
+        run = self.stored[offset][0]
+        for later in [o for o in member.held if o >= offset and self.stored[o][0] == run]:
+            del member.held[later]
+            self.deliveries[later] = self.deliveries.get(later, 0) + 1
+        self.failures[offset] = self.failures.get(offset, 0) + 1
+        if self.failures[offset] == MAX_ATTEMPTS:
+            self._give_up(offset, reason)
+
+    def _give_up(self, offset: int, reason: oona_pb2.DeadLetterReason.ValueType) -> None:
+        self.letters[offset] = Letter(self.deliveries[offset], reason)
+        self._done_with(offset)
+
+    def _take_letter_back(self, member: Reader, offset: int, reason: oona_pb2.DeadLetterReason.ValueType) -> None:
+        del member.letters[offset]
+        letter = self.letters[offset]
+        letter.failures += 1
+        # Where nobody is left, nobody takes note before somebody comes, or the server ends.
+        if letter.failures == MAX_ATTEMPTS and self.live != [member]:
+            self.letters[offset] = Letter(MAX_ATTEMPTS, reason)
+
     def _ack(self, member: Reader, ack: oona_pb2.Ack) -> None:
         async def send() -> None:
             stored = member.subscription.ack(ack)
@@ -289,6 +451,13 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def _settle(self) -> None:
         """Let every member do what it can: until each waits for credit, for records, or for its waker."""
+        if self.live:
+            # Those that failed when their member left are given up as soon as somebody is there.
+            for offset in [offset for offset, count in self.failures.items() if count >= MAX_ATTEMPTS]:
+                self._give_up(offset, LEFT)
+            for offset, letter in self.letters.items():
+                if letter.failures >= MAX_ATTEMPTS:
+                    self.letters[offset] = Letter(MAX_ATTEMPTS, LEFT)
 
         async def settle() -> None:
             while not all(self._is_idle(member) for member in self.live):  # noqa: ASYNC110
@@ -306,11 +475,22 @@ class BrokerMachine(RuleBasedStateMachine):
                     for offset, (run, _) in enumerate(self.stored)
                     if run in member.owned and offset not in self.done and offset not in member.held
                 ]
+                held = {offset for other in self.live for offset in other.letters}
+                assert {offset for offset, letter in self.letters.items() if letter.replaying} == held
 
     def _check_delivery(self, member: Reader, record: event_pb2.Record) -> None:
         run, mark = self.stored[record.offset]
         assert (record.event.run_id, record.event.run_ended.error) == (run, mark)
-        assert record.offset not in self.done
+        member.credit -= 1
+        assert member.credit >= 0
+        if record.offset in self.done:
+            letter = self.letters[record.offset]
+            assert letter.replaying
+            assert record.delivery_attempt == letter.failures + 1
+            assert all(record.offset not in other.letters for other in self.live), "held by one member at a time"
+            member.letters[record.offset] = record
+            return
+        assert record.delivery_attempt == self.deliveries.get(record.offset, 0) + 1
         assert all(record.offset not in other.held for other in self.live), "held by one member at a time"
         assert not any(run in other.owned for other in self.live if other is not member), "a run is one member's"
         # In order: everything of the run before it is done or held.
@@ -321,8 +501,6 @@ class BrokerMachine(RuleBasedStateMachine):
         )
         member.owned.add(run)
         member.held[record.offset] = record
-        member.credit -= 1
-        assert member.credit >= 0
 
     @staticmethod
     def _is_idle(member: Reader) -> bool:
@@ -332,6 +510,6 @@ class BrokerMachine(RuleBasedStateMachine):
 
 
 BrokerMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestBroker = BrokerMachine.TestCase

@@ -214,14 +214,19 @@ class Group:
             elif (span := self._trimmed(Span(start, last, frame, run_id))) is not None:
                 self._enqueue(span)
 
-    def due(self, member: Member, now_s: float) -> None:
-        """Let those of its runs go on whose delay is over, and take back what it has held for too long."""
-        for span in member.leases.expired(now_s):
+    def due(self, member: Member, now_s: float) -> bool:
+        """Let those of its runs go on whose delay is over, and take back what it has held for too long.
+
+        Returns whether there was something to take back.
+        """
+        expired = member.leases.expired(now_s)
+        for span in expired:
             if member.leases.at(span.first) is not None:  # It may have gone back with an earlier one of its run.
                 self._take_back(member, span, span.first, now_s, oona_pb2.DEAD_LETTER_REASON_EXPIRED)
         if member.delayed:
             for run_id in [run_id for run_id, delayed in member.delayed.items() if delayed.until_s <= now_s]:
                 self._resume(member, run_id)
+        return bool(expired)
 
     def peek(self, member: Member) -> tuple[Span, int] | None:
         """The next records for a member, delivered equally often so far, and how often they will have been then."""

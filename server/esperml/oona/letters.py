@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     from esperml.oona.log import DeadLetter, Log
 
-# Letters that are read, or changed in one transaction, at once.
+# Letters that are read at once, and that are changed in one transaction.
+_READ: Final = 16
 _PAGE: Final = 256
+_PAGE_BYTES: Final = 4 * 2**20
 
 
 class Letters:
@@ -86,14 +88,26 @@ class Letters:
         return bool(given_up)
 
     async def page(self, first: int, limit: int) -> tuple[list[DeadLetter], int | None]:
-        """Letters from an offset on, at most ``limit``, and where the next page begins, or None at the end.
+        """Letters from an offset on, and where the next page begins, or None at the end.
+
+        At most ``limit``, and not many more than fill a few megabytes.
 
         Raises:
             LogDamagedError: what is stored cannot be read.
             LogUnavailableError: the log cannot be asked now.
         """
-        letters = await self._log.dead_letters(self._kind, self._group, first, limit + 1)
-        return letters[:limit], letters[limit].offset if len(letters) > limit else None
+        letters: list[DeadLetter] = []
+        size = 0
+        while True:
+            more = await self._log.dead_letters(self._kind, self._group, first, _READ)
+            for letter in more:
+                if len(letters) == limit or size >= _PAGE_BYTES:
+                    return letters, letter.offset
+                letters.append(letter)
+                size += len(letter.event)
+            if len(more) < _READ:
+                return letters, None
+            first = letters[-1].offset + 1
 
     async def replay(self, offsets: Collection[int]) -> int:
         """Give letters (none named: all) back to the group. Returns how many; those that are being replayed not.

@@ -75,6 +75,10 @@ class SharedGroup:
             stored.add_done_callback(forget)
         return stored
 
+    def save_soon(self) -> None:
+        """Store the progress, which nobody waits for: where it cannot be now, it is with the next acknowledgement."""
+        self.save().add_done_callback(lambda future: future.cancelled() or future.exception())
+
     def move(self, progress: GroupProgress) -> None:
         """Go on elsewhere."""
         self.state.move(progress)
@@ -96,8 +100,7 @@ class SharedGroup:
         self._behind_floor.discard(member)
         del self._wakers[member]
         if had and not self._server_ends:
-            # Nobody waits for this; where it is not stored now, it is with the next acknowledgement.
-            self.save().add_done_callback(lambda future: future.cancelled() or future.exception())
+            self.save_soon()
         self.wake()
 
     def server_ends(self) -> None:
@@ -161,7 +164,7 @@ class SharedGroup:
                 self.state.bury(offset)
                 changed = True
             if changed:
-                self.save().add_done_callback(lambda future: future.cancelled() or future.exception())
+                self.save_soon()
 
     def _is_full_or_through(self) -> bool:
         return self.state.waiting >= _MAX_WAITING or self.state.cursor >= self._topic.bounds.next
@@ -240,7 +243,8 @@ class MemberReader(Subscription):
     async def _advance(self) -> bool:
         loop = asyncio.get_running_loop()
         state, letters, member = self._group.state, self._group.letters, self._member
-        state.due(member, loop.time())
+        if state.due(member, loop.time()):
+            self._group.save_soon()
         letters.replays.due(member, loop.time())
         await self._group.bury()
         routed = await self._group.route()

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from esperml.contract import KINDS
 from esperml.oona.admission import Doors, TurnedAwayError
+from esperml.oona.log import LogDamagedError
 from esperml.oona.rejection import RequestRejectedError
 from esperml.oona.stream import ClientStream, StreamEndedError, UnreadableFrame
 from esperml.v1 import event_pb2, oona_pb2, oona_pb2_grpc
@@ -158,7 +159,7 @@ class OonaService(oona_pb2_grpc.OonaServicer):
             letters, next_offset = await self._broker.dead_letters(
                 request.kind, request.group, request.from_offset, limit
             )
-        except RequestRejectedError as error:
+        except (RequestRejectedError, LogDamagedError) as error:
             await _refuse(context, error)
         return oona_pb2.ListDeadLettersResponse(dead_letters=map(_letter, letters), next_offset=next_offset)
 
@@ -170,7 +171,7 @@ class OonaService(oona_pb2_grpc.OonaServicer):
         """Gives dead letters back to their group."""
         try:
             count = await self._broker.replay_dead_letters(request.kind, request.group, request.offsets)
-        except RequestRejectedError as error:
+        except (RequestRejectedError, LogDamagedError) as error:
             await _refuse(context, error)
         return oona_pb2.ReplayDeadLettersResponse(count=count)
 
@@ -182,7 +183,7 @@ class OonaService(oona_pb2_grpc.OonaServicer):
         """Deletes dead letters."""
         try:
             count = await self._broker.purge_dead_letters(request.kind, request.group, request.offsets)
-        except RequestRejectedError as error:
+        except (RequestRejectedError, LogDamagedError) as error:
             await _refuse(context, error)
         return oona_pb2.PurgeDeadLettersResponse(count=count)
 
@@ -208,7 +209,11 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: StreamEnded
         raise asyncio.CancelledError from gone
 
 
-async def _refuse(context: grpc.aio.ServicerContext[Any, Any], error: RequestRejectedError) -> NoReturn:
+async def _refuse(
+    context: grpc.aio.ServicerContext[Any, Any], error: RequestRejectedError | LogDamagedError
+) -> NoReturn:
+    if isinstance(error, LogDamagedError):
+        await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
     await context.abort(_STATUS.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), error.message)
 
 
