@@ -221,6 +221,14 @@ def resident():
 
 
 @pytest.fixture
+async def bus(bus):
+    """A bus that caches little: what it keeps on purpose is no leak."""
+    await bus.stop()
+    await bus.start(cache_bytes=2**20)
+    return bus
+
+
+@pytest.fixture
 async def tasks_at_rest(bus):
     """What runs while nobody is there."""
     return bus_tasks()

@@ -102,7 +102,9 @@ class Server:
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, str(Path(__file__).with_name("serve_bus.py")), str(path), "0"]
-        environment = {**os.environ, "ESPER_OONA__MAX_STREAMS": str(STREAMS + 10), "OMP_NUM_THREADS": "1"}
+        # What is cached on purpose shall not look like what a stalled consumer costs.
+        settings = {"ESPER_OONA__MAX_STREAMS": str(STREAMS + 10), "ESPER_OONA__CACHE_BYTES": str(6 * 2**20)}
+        environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         self.target = f"127.0.0.1:{int(self.process.stdout.readline())}"

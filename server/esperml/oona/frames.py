@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from esperml.oona.log import StoredFrame
 
-# What a record costs in memory beside its event, about.
+# What a record costs in memory beside its event, and a frame beside its records, about.
 _RECORD_OVERHEAD_BYTES = 96
+_FRAME_OVERHEAD_BYTES = 700
 
 
 class Frame:
@@ -44,7 +45,7 @@ class Frame:
         self.append_time_ns = append_time_ns
         self.end = first_offset + len(events)
         self.spans = _spans(first_offset, events.run_ids)
-        self.size = events.size + _RECORD_OVERHEAD_BYTES * len(events)
+        self.size = events.size + _RECORD_OVERHEAD_BYTES * len(events) + _FRAME_OVERHEAD_BYTES
         self._events: Sequence[bytes] | None = events.events
         self._records: EncodedRecords | None = None
 
