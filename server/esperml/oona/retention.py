@@ -139,8 +139,11 @@ class Retention:
         """
         for kind, limits in self._limits.items():
             if limits.age_s or limits.bytes or limits.records:
+                before = self._log.bounds(kind).earliest
                 while await self._let_go(kind, limits):
                     pass
+                if (earliest := self._log.bounds(kind).earliest) > before:
+                    _log.debug("records_let_go", kind=kind_name(kind), count=earliest - before, earliest=earliest)
 
     async def _let_go(self, kind: KindValue, limits: RetentionLimits) -> bool:
         """Let go of some frames. Returns whether there may be more to let go."""
@@ -151,8 +154,7 @@ class Retention:
         keep = first_to_keep(frames, bounds, limits, time.time_ns())
         if keep == bounds.earliest:
             return False
-        earliest = await self._log.purge(kind, keep)
-        _log.debug("records_let_go", kind=kind_name(kind), count=earliest - bounds.earliest, earliest=earliest)
+        await self._log.purge(kind, keep)
         return keep == frames[-1].first_offset + frames[-1].count
 
     async def _run(self) -> None:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Mapping
 
-# What one transaction deletes: a few ms of work.
-_PURGE_FRAMES: Final = 512
-_PURGE_BYTES: Final = 2 * 2**20
+# What one transaction deletes: two ms of work or so.
+_PURGE_FRAMES: Final = 256
+_PURGE_BYTES: Final = 2**19
 
 
 class Transaction:
