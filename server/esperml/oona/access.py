@@ -146,16 +146,19 @@ def forbidden(message: str) -> RequestRejectedError:
     return RequestRejectedError(oona_pb2.REJECT_REASON_FORBIDDEN, message)
 
 
-def check_publish(caller: Caller, publish: oona_pb2.Publish) -> None:
-    """Raise :class:`RequestRejectedError` unless ``caller`` may publish this.
+def check_publish(caller: Caller, kind: KindValue) -> None:
+    """Raise :class:`RequestRejectedError` unless ``caller`` may publish in the log of ``kind``.
 
     What is no kind is nothing to be allowed, and passes.
     """
-    kind = publish.kind
     if kind in KINDS and kind not in PUBLISHES[caller.role]:
         raise forbidden(f"publish.kind: {caller} may not publish {kind_name(kind)}; {_who(PUBLISHES, kind)} may")
+
+
+def check_runs(caller: Caller, run_ids: Iterable[str]) -> None:
+    """Raise :class:`RequestRejectedError` unless ``caller`` may publish events of these runs, one for each event."""
     if not caller.runs.every:
-        for run_id in {event.run_id for event in publish.events}:
+        for run_id in set(run_ids):
             if run_id not in caller.runs:
                 raise forbidden(f"publish.events: run {run_id!r} is not one of those of {caller}")
 

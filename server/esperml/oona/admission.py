@@ -7,14 +7,14 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
-from esperml.oona.access import CALLER, check_publish, check_subscribe
+from esperml.oona.access import CALLER, check_publish, check_runs, check_subscribe
 from esperml.oona.rate import TokenBucket
 from esperml.oona.refusals import RefusalLog
 from esperml.oona.rejection import RequestRejectedError
 from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     import grpc
 
@@ -50,12 +50,12 @@ class Rates:
         """Time until something may be published, in s."""
         return max(bucket.wait_s() if bucket else 0.0 for bucket in (self._events, self._bytes))
 
-    def take(self, events: int, size: int) -> None:
-        """Count so many events of so many bytes as published."""
+    def take(self, publish: oona_pb2.Publish) -> None:
+        """Count its events and their bytes as published."""
         if self._events:
-            self._events.take(events)
+            self._events.take(len(publish.events))
         if self._bytes:
-            self._bytes.take(size)
+            self._bytes.take(publish.ByteSize())
 
     @property
     def unused(self) -> bool:
@@ -108,17 +108,28 @@ class Admission:
     async def check_publish(self, publish: oona_pb2.Publish) -> None:
         """Return when the stream may publish this, which is at once unless it is over its rate.
 
+        Of which runs the events are is for :meth:`check_runs`, once that is known.
+
         Raises:
             RequestRejectedError: it may not, or not so soon.
         """
         try:
             if self.caller is not None:
-                check_publish(self.caller, publish)
+                check_publish(self.caller, publish.kind)
             if self._rates is not None:
                 await self._pace(publish, self._rates)
         except RequestRejectedError as error:
             self.refused(error.message)
             raise
+
+    def check_runs(self, run_ids: Iterable[str]) -> None:
+        """Raise :class:`RequestRejectedError` unless the stream may publish events of these runs, one an event."""
+        if self.caller is not None:
+            try:
+                check_runs(self.caller, run_ids)
+            except RequestRejectedError as error:
+                self.refused(error.message)
+                raise
 
     async def _pace(self, publish: oona_pb2.Publish, rates: Rates) -> None:
         """Wait until the rates allow it, for a moment; then reject it."""
@@ -137,7 +148,7 @@ class Admission:
                 retry_after_s=wait_s,
             )
         self._over_from = None
-        rates.take(len(publish.events), publish.ByteSize())
+        rates.take(publish)
 
     def check_subscribe(self, subscribe: oona_pb2.Subscribe, standing: int) -> None:
         """Raise :class:`RequestRejectedError` unless the stream, with ``standing`` subscriptions, may have this one."""

@@ -27,7 +27,7 @@ from esperml.oona.validation import (
 from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from esperml.oona.log import DeadLetter, Log
     from esperml.oona.subscriptions import Emit, ServedSubscription
@@ -80,8 +80,18 @@ class Broker:
         """
         return await self._log.next_sequence(client_id)
 
-    def publish(self, client_id: str, publish: oona_pb2.Publish) -> asyncio.Future[Appended]:
+    def publish(
+        self,
+        client_id: str,
+        publish: oona_pb2.Publish,
+        permit: Callable[[Sequence[str]], None] | None = None,
+    ) -> asyncio.Future[Appended]:
         """Store events. They must not change afterwards.
+
+        Args:
+            client_id: who publishes.
+            publish: the events.
+            permit: looks at the run of each event, and raises where one may not be published.
 
         Returns:
             A future that is done when they are stored as durably as :attr:`durability` says. It may raise
@@ -91,6 +101,8 @@ class Broker:
             RequestRejectedError: a field or an event is not as it must be.
         """
         events = check_publish(publish)
+        if permit is not None:
+            permit(events.run_ids)
         topic = self._topics[publish.kind]
         came_s = time.perf_counter()
         stored = self._log.append(publish.kind, client_id, publish.first_sequence, events)

@@ -260,7 +260,7 @@ class ClientStream:
         if self._ended.done():
             # Its successor may have been told the next sequence already: what was stored now would take its place.
             self._ended.result()
-        stored = self._broker.publish(self.client_id, request.publish)
+        stored = self._broker.publish(self.client_id, request.publish, self._admission.check_runs)
         size = request.ByteSize()
         self._unanswered_bytes += size
         await self._unanswered.put(_Unanswered(request.request_id, size, stored, _published))
