@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types proto generate breaking docs coverage bench gates policy ci clean
+.PHONY: help setup demo cluster test test-fast soak lint types proto generate breaking docs coverage bench gates policy ci clean
 
 help: ## Show what there is.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,11 +23,20 @@ setup: $(STAMP) ## Make .venv and install everything into it.
 demo: setup ## Grow two real networks under Tamiyo; ends with a table and runs/demo/report.html.
 	$(BIN)/esper demo
 
+cluster: setup ## Run three NATS servers and two of Oona's gateways on loopback, until Ctrl-C.
+	$(BIN)/esper cluster
+
 test: setup ## Run all tests.
 	$(BIN)/python -m pytest
 
 test-fast: setup ## Run the tests that take no more than a few seconds each.
 	$(BIN)/python -m pytest -m 'not slow'
+
+soak: setup ## Run the long forms of the bus's tests: crashes, power cuts, fuzz, many streams, large logs, a cluster. Hours.
+	CRASH_ROUNDS=200 POWER_CUTS=100 FUZZ_FRAMES=1000000 SOAK_STREAMS=1000 LOG_EVENTS=10000000 \
+	CLUSTER_ROUNDS=5 CLUSTER_CUT_S=10 \
+	$(BIN)/python -m pytest --timeout=14400 tests/oona/test_crash.py tests/oona/test_power_loss.py tests/oona/test_frame_fuzz.py \
+	tests/oona/test_many_streams.py tests/oona/test_large_log.py tests/oona/test_jetstream_failures.py
 
 lint: setup ## Check style and formatting.
 	$(BIN)/ruff check
@@ -57,8 +66,9 @@ coverage: setup ## Run all tests and fail under 85 % of lines and branches.
 gates: setup ## Check the latency of decisions: under 10 ms at 10, 64 and 256 nodes.
 	$(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-only
 
-bench: setup ## Measure Decide beside a call that does nothing.
+bench: setup ## Measure Decide beside a call that does nothing, and the bus beside brokers and a relay.
 	$(BIN)/esper bench decide --json
+	$(BIN)/esper bench oona --json
 
 EXPERIENCE := runs/experience
 SHIPPED := server/esperml/tamiyo/checkpoints/shipped
