@@ -187,7 +187,7 @@ def _find(path: Path, lock: IO[bytes], pages: Pages) -> Findings:
     for row in pages.table_rows():
         match row.values:
             case (int(kind), int(first), int(count), int(time_ns), int(crc32), bytes(batch)):
-                if is_kind(kind) and count > 0 and zlib.crc32(batch) == crc32:
+                if is_kind(kind) and count > 0 and zlib.crc32(batch) == crc32 and batch != _lost(count):
                     frames.setdefault(kind, {})[first] = SavedFrame(first, count, time_ns, row.place)
             case (None, int(), int(), int()):
                 raw_topics.append((row.rowid, *row.values[1:3]))
@@ -268,8 +268,10 @@ def _topic(frames: Sequence[SavedFrame], known: tuple[int, int] | None) -> Saved
 def _read_tables(path: Path, problems: list[str]) -> dict[str, list[tuple[Value, ...]]]:
     """The tables that SQLite can read to their ends."""
     tables: dict[str, list[tuple[Value, ...]]] = {}
+    # Without a write-ahead log SQLite would make one, which would hide that it is missing.
+    how = "mode=ro" if path.with_name(path.name + "-wal").exists() else "immutable=1"
     try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.DatabaseError as error:
         problems.append(f"SQLite cannot read the file: {error}")
@@ -330,7 +332,12 @@ def _frames(topic: SavedTopic, pages: Pages) -> Iterator[tuple[int, int, int, by
         lost_to = topic.next if following is None else following.first_offset
         for first in range(frame.end, lost_to, _LOST_FRAME):
             count = min(_LOST_FRAME, lost_to - first)
-            yield first, count, frame.append_time_ns, join_batch([b""] * count)
+            yield first, count, frame.append_time_ns, _lost(count)
+
+
+def _lost(count: int) -> bytes:
+    """The batch that stands for lost records: events without anything in them."""
+    return join_batch([b""] * count)
 
 
 def _write_rest(connection: sqlite3.Connection, findings: Findings) -> None:
