@@ -134,6 +134,19 @@ async def test_a_server_killed_at_random_under_load_loses_and_invents_nothing(st
         await asyncio.gather(*consuming, return_exceptions=True)
 
 
+async def test_what_only_the_page_cache_has_survives_the_process(start_bus_process, open_stream, make_event):
+    process = start_bus_process(ESPER_OONA__DURABILITY="page_cache")
+    async with open_stream(process.target) as stream:
+        assert stream.opened.durability == "page_cache"
+        for number in range(50):
+            publish = oona_pb2.Publish(kind=EVENTS, first_sequence=number + 1, events=[make_event(mark=str(number))])
+            assert (await stream.answer(publish=publish)).published.count == 1
+        process.kill()
+    process.start()
+    async with OonaClient(process.target, client_id="reader", backoff=QUICK) as oona:
+        assert await stored_runs(oona) == {"run-1": list(range(50))}
+
+
 def wait_for(path: Path) -> None:
     while not path.exists():
         pass
