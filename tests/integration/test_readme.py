@@ -63,7 +63,9 @@ def test_the_readme_has_the_commands_that_are_tested_here() -> None:
     ]
 
 
-@pytest.mark.parametrize(("target", "last"), [("demo", "esper demo"), ("test", "-m pytest"), ("cluster", "esper cluster")])
+@pytest.mark.parametrize(
+    ("target", "last"), [("demo", "esper demo"), ("test", "-m pytest"), ("cluster", "esper cluster")]
+)
 def test_make_does_the_set_up_and_then_the_work(target: str, last: str) -> None:
     lines = run(["make", "--dry-run", "--always-make", target], ROOT).splitlines()
     assert any("pip install" in line for line in lines)
