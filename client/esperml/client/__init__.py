@@ -7,6 +7,8 @@
 ...         await oona.publish(event_pb2.KIND_TELEMETRY, [new_event("my-run", health_report=report)])
 """
 
+import esperml.client.forking  # noqa: F401, I001 - before whatever brings gRPC
+
 from esperml.client.credentials import Credentials
 from esperml.client.errors import (
     AmbiguousRunError,
