@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -66,7 +67,9 @@ class GatewayProcess:
         assert self.process.stdout is not None
         self.process.stdin.write(self.settings.model_dump_json() + "\n")
         self.process.stdin.flush()
-        self.port = int(await asyncio.to_thread(self.process.stdout.readline))
+        line = await asyncio.to_thread(self.process.stdout.readline)
+        assert line, "the gateway has ended"
+        self.port = int(line)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -79,6 +82,8 @@ async def main() -> None:
     await gateway.start()
     sys.stdout.write(f"{gateway.port}\n")
     sys.stdout.flush()
+    # The log goes where it never fills up, whether or not anybody reads it.
+    sys.stdout = Path(os.devnull).open("w")  # noqa: ASYNC230, SIM115
     await gateway.server.wait_for_termination()
 
 

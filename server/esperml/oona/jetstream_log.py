@@ -45,6 +45,7 @@ _LOOK_INTERVAL_S: Final = 1.0
 # How often to look whether something is too old or too much.
 _RETENTION_INTERVAL_S: Final = 10.0
 _FULL_RETRY_S: Final = 5.0
+_START_RETRY_S: Final = 0.1
 # Moves of one publisher between gateways, while it opens a stream here, before it is told to come again.
 _ACQUIRE_TRIES: Final = 3
 
@@ -105,11 +106,26 @@ class JetStreamLog:
     async def _start(self) -> None:
         for kind, stream in self._streams.items():
             await self.link.subscribe(stream.names.notices, partial(self._on_notice, kind))
-            await stream.catch_up(await self.link.last_sequence(stream.names.stream))
-        await self.groups_store.catch_up()
+        await self._learn()
         tasks = [(f"oona-writer-{kind_name(kind)}", self._writers[kind].run()) for kind in KINDS]
         tasks += [("oona-look", self._look()), ("oona-retention", self._retain())]
         self._tasks = [asyncio.create_task(work, name=name) for name, work in tasks]
+
+    async def _learn(self) -> None:
+        """Read what the streams say now. Servers that have just been given a stream need a moment to answer for it."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._timeout_s
+        while True:
+            try:
+                for stream in self._streams.values():
+                    await stream.catch_up(await self.link.last_sequence(stream.names.stream))
+                await self.groups_store.catch_up()
+            except LogUnavailableError:
+                if loop.time() > deadline_s:
+                    raise
+                await asyncio.sleep(_START_RETRY_S)
+            else:
+                return
 
     # What the broker calls.
 

@@ -1,0 +1,233 @@
+"""What a cluster loses of its servers, its gateways or its network, and what its clients see of that: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from esperml.client import Backoff, OonaClient
+from esperml.oona.nats_server import NatsServerError, cluster_of_three, find_nats_server
+from esperml.settings import JetStreamSettings, OonaSettings
+from esperml.v1 import event_pb2, oona_pb2
+
+pytest.importorskip("nats")
+
+EVENTS = event_pb2.KIND_EVENTS
+EARLIEST = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
+# Rounds of each failure, and how long the network is cut: short in CI, as long as told otherwise.
+ROUNDS = int(os.environ.get("ESPER_TEST_CLUSTER_ROUNDS", "1"))
+CUT_S = float(os.environ.get("ESPER_TEST_CLUSTER_CUT_S", "1.5"))
+LONG = ROUNDS > 1
+
+
+def gateways_module():
+    spec = importlib.util.spec_from_file_location("gateways", Path(__file__).with_name("gateways.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+async def cluster(tmp_path):
+    """Three servers and two gateways, each in a process of its own."""
+    try:
+        find_nats_server()
+    except NatsServerError as error:
+        pytest.skip(str(error))
+    module = gateways_module()
+    servers = cluster_of_three(tmp_path)
+    async with contextlib.AsyncExitStack() as stack:
+        for server in servers:
+            server.start()
+            stack.callback(server.kill)
+        for server in servers:
+            await server.ready()
+        urls = ",".join(server.url for server in servers)
+        settings = OonaSettings(
+            engine="jetstream", jetstream=JetStreamSettings(servers=urls, lease_s=2.0, timeout_s=30.0)
+        )
+        gateways = [module.GatewayProcess(settings) for _ in range(2)]
+        for gateway in gateways:
+            stack.callback(gateway.kill)
+        await asyncio.gather(*(gateway.start() for gateway in gateways))
+        yield servers, gateways
+
+
+class Load:
+    """Publishes numbered events of a few runs, through one client, and counts what was confirmed."""
+
+    RUNS = 3
+    FRAME = 6
+
+    def __init__(self, targets: str, name: str, make_event) -> None:
+        self.confirmed = 0
+        self.sent = 0
+        self.name = name
+        self._stop = asyncio.Event()
+        self._make_event = make_event
+        self._oona = OonaClient(targets, client_id=name, backoff=Backoff(initial_s=0.02, longest_s=0.5))
+
+    def runs(self) -> list[str]:
+        return [f"{self.name}-{index}" for index in range(self.RUNS)]
+
+    async def run(self) -> None:
+        async with self._oona as oona:
+            under_way: set[asyncio.Task[oona_pb2.Published]] = set()
+            while not self._stop.is_set():
+                numbers = range(self.sent, self.sent + self.FRAME)
+                frame = [self._make_event(self.runs()[number % self.RUNS], str(number)) for number in numbers]
+                self.sent += self.FRAME
+                under_way.add(asyncio.create_task(oona.publish(EVENTS, frame)))
+                if len(under_way) >= 8:
+                    done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                    self._count(done)
+            done, _ = await asyncio.wait(under_way)
+            self._count(done)
+
+    def _count(self, done) -> None:
+        self.confirmed += sum(task.result().count + task.result().duplicates for task in done)
+
+    async def more(self, count: int) -> None:
+        """Wait until so many more are confirmed."""
+        level = self.confirmed + count
+        async with asyncio.timeout(60):
+            while self.confirmed < level:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+class Member:
+    """Takes part in a group, and keeps what came of each run, as it came."""
+
+    def __init__(self, targets: str, name: str) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self._oona = OonaClient(targets, client_id=name, backoff=Backoff(initial_s=0.02, longest_s=0.5))
+
+    async def run(self) -> None:
+        async with self._oona as oona, oona.subscribe(EVENTS, group="g", start=EARLIEST) as subscription:
+            async for records in subscription.batches():
+                self.seen += [(record.event.run_id, int(record.event.run_ended.error)) for record in records]
+                await subscription.ack(*records)
+
+
+def check_order(seen: list[tuple[str, int]]) -> None:
+    """A run's records come in their order; one that comes again takes the later ones back with it."""
+    last: dict[str, int] = {}
+    had: dict[str, set[int]] = {}
+    for run_id, number in seen:
+        before = last.get(run_id)
+        known = had.setdefault(run_id, set())
+        assert before is None or number == before + Load.RUNS or number in known, (run_id, before, number)
+        last[run_id] = number
+        known.add(number)
+
+
+async def check_log(target: str, loads: list[Load]) -> int:
+    """Every confirmed event is in the log once, and the events of a run are in their order."""
+    async with OonaClient(target, client_id="checker") as oona:
+        end = (await oona.describe(EVENTS)).topic.next_offset
+        async with oona.subscribe(EVENTS, start=EARLIEST, end_offset=end) as subscription:
+            records = [record async for record in subscription]
+    assert [record.offset for record in records] == list(range(end))
+    for load in loads:
+        assert load.confirmed == load.sent
+        stored = [int(r.event.run_ended.error) for r in records if r.event.run_id in load.runs()]
+        assert stored == list(range(load.sent))
+    return end
+
+
+async def leader(servers) -> object:
+    """The server that leads the stream of the events."""
+    from esperml.oona.jetstream_link import Link
+    from esperml.oona.log import LogUnavailableError
+
+    link = await Link.open(JetStreamSettings(servers=",".join(server.url for server in servers)))
+    try:
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(LogUnavailableError):
+                    info = await link.api("STREAM.INFO.OONA_EVENTS", {})
+                    name = info.get("cluster", {}).get("leader")
+                    if name is not None:
+                        return next(server for server in servers if server.name == name)
+                await asyncio.sleep(0.05)
+    finally:
+        await link.close()
+
+
+async def kill_leader(servers, gateways, load) -> None:
+    server = await leader(servers)
+    server.kill()
+    await load.more(200)
+    server.start()
+    await server.ready()
+
+
+async def kill_gateway(servers, gateways, load) -> None:
+    gateways[0].kill()
+    await load.more(200)
+    await gateways[0].start()
+
+
+async def cut_network(servers, gateways, load) -> None:
+    """No server hears another for a while: the cluster can store nothing."""
+    for server in servers:
+        server.signal(signal.SIGSTOP)
+    await asyncio.sleep(CUT_S)
+    for server in servers:
+        server.signal(signal.SIGCONT)
+    await load.more(200)
+
+
+async def cut_leader_off(servers, gateways, load) -> None:
+    """The leader stands still while the others choose a new one, and then finds itself deposed."""
+    server = await leader(servers)
+    server.signal(signal.SIGSTOP)
+    await asyncio.sleep(CUT_S)
+    server.signal(signal.SIGCONT)
+    await load.more(200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120 * ROUNDS)
+async def test_nothing_confirmed_is_lost_and_no_run_out_of_order_whatever_fails(cluster, make_event, capsys):
+    servers, gateways = cluster
+    both, reverse = (",".join(gateway.target for gateway in order) for order in (gateways, gateways[::-1]))
+    loads = [Load(both, "load-1", make_event), Load(reverse, "load-2", make_event)]
+    members = [Member(both, "member-1"), Member(reverse, "member-2")]
+    async with asyncio.TaskGroup() as tasks:
+        publishing = [tasks.create_task(load.run()) for load in loads]
+        consuming = [tasks.create_task(member.run()) for member in members]
+        for _ in range(ROUNDS):
+            for failure in (kill_gateway, kill_leader, cut_leader_off, cut_network):
+                await loads[0].more(100)
+                began_s = asyncio.get_running_loop().time()
+                await failure(servers, gateways, loads[1])
+                await loads[0].more(100)
+                if LONG:
+                    took_s = asyncio.get_running_loop().time() - began_s
+                    with capsys.disabled():
+                        print(f"{failure.__name__}: {took_s:.1f} s, {sum(load.confirmed for load in loads)} confirmed")
+        for load in loads:
+            load.stop()
+        await asyncio.gather(*publishing)
+        end = await check_log(reverse, loads)
+        async with asyncio.timeout(60):
+            while len({entry for member in members for entry in member.seen}) < end:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        for task in consuming:
+            task.cancel()
+    for member in members:
+        check_order(member.seen)
+    again = sum(len(member.seen) for member in members) - end
+    with capsys.disabled():
+        if LONG:
+            print(f"{end} events, each once in the log; {again} delivered again")
