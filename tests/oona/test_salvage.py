@@ -191,6 +191,21 @@ async def test_a_missing_write_ahead_log_is_noticed(path, new, fill, tmp_path):
     assert any("is missing" in problem for problem in found.problems)
 
 
+async def test_the_new_log_takes_the_place_of_one_that_was_killed(path, new, fill, tmp_path):
+    log = await fill(close=False)
+    killed = tmp_path / "killed.sqlite"
+    for suffix in ("", "-wal", ".lock"):
+        (tmp_path / f"killed.sqlite{suffix}").write_bytes((tmp_path / f"damaged.sqlite{suffix}").read_bytes())
+    await log.close()
+    run = CliRunner().invoke(main, ["log", "salvage", str(killed), str(new)])
+    assert run.exit_code == 0
+    assert "-wal, -shm and .lock" in run.output
+    for file in tmp_path.glob("killed.sqlite*"):
+        file.unlink()
+    new.rename(killed)
+    assert (await contents(killed))[0] == list(range(600))
+
+
 async def test_a_write_ahead_log_that_is_damaged_counts_up_to_there(path, new, fill, tmp_path):
     log = await fill(close=False, mark_bytes=4000)
     copy = tmp_path / "copy.sqlite"

@@ -62,7 +62,10 @@ def salvage(damaged: Path, new: Path) -> None:
     with _errors_in_words():
         findings = save(damaged, new)
     _say(findings)
-    click.echo(f"saved to {new}; to go on with it, put it in the place of {damaged}, whose -wal and -shm files must go")
+    click.echo(
+        f"saved to {new}; to go on with it, put away {damaged} with its -wal, -shm and .lock files, and move "
+        f"{new} to its place"
+    )
     raise SystemExit(0 if findings.is_whole else 1)
 
 
