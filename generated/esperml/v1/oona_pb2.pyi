@@ -449,7 +449,8 @@ class Subscribe(message.Message):
     group: builtins.str
     """Members of a group share its records: a run's records go to one member, in order, for as long as it lives. Empty:
     a private reader, which has nothing to acknowledge. A member that grants no credit keeps its runs all the same:
-    once 65,536 records of a group wait for credit, the whole group waits until some is granted or the member leaves.
+    once 65,536 spans of a group wait for credit (a span: the records of one run that follow one another in a published
+    frame), the whole group waits until some is granted or the member leaves.
     """
     end_offset: builtins.int
     """Stop before this offset. Absent: never. Private readers only."""
@@ -494,7 +495,8 @@ class Redelivery(message.Message):
     """How a record that was given back, or held for too long, is delivered again: after min_delay at first, and after twice
     the last delay each further time, up to max_delay. A record that was delivered max_attempts times becomes a dead
     letter of the group, and its run goes on behind it. A record that comes back because its member left waits for
-    nothing, but counts.
+    nothing, but counts. Of the records of a run that come back together only the first counts: the others come back for
+    its sake, and no delivery of theirs brings them nearer to being dead letters.
     """
 
     DESCRIPTOR: descriptor.Descriptor
