@@ -73,12 +73,16 @@ class JetStreamLog:
         self._streams: dict[int, TopicStream] = {}
         self._writers: dict[int, TopicWriter] = {}
         for kind in KINDS:
-            stream = TopicStream(TopicNames.of(prefix, kind), link, partial(self._on_change, kind), self._on_owner)
+            stream = TopicStream(
+                TopicNames.of(prefix, kind), link, partial(self._on_change, kind), partial(self._on_owner, kind)
+            )
             self._streams[kind] = stream
             self._writers[kind] = TopicWriter(stream, link, self.gateway, self._last_sequence)
         # Publishers for which this gateway stores, and those that it has lost to another.
         self._owned: set[str] = set()
         self._moved: set[str] = set()
+        # Publishers that are being acquired, and for each kind the gateway that was the last to do so.
+        self._acquiring: dict[str, dict[int, str]] = {}
         # The last request of each publisher that is not done, and its kind.
         self._under_way: dict[str, tuple[int, asyncio.Future[object]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -258,19 +262,22 @@ class JetStreamLog:
 
     async def _acquire(self, client_id: str) -> None:
         """Be the gateway that stores for a publisher, in all kinds."""
-        self._owned.add(client_id)
+        last = self._acquiring.setdefault(client_id, {})
         try:
             await asyncio.gather(
                 *(self._ask(kind, lambda draft: draft.acquire(client_id), messages=1) for kind in KINDS)
             )
-        except LogUnavailableError:
-            self._owned.discard(client_id)
-            raise
+            if all(last.get(kind) == self.gateway for kind in KINDS):
+                self._owned.add(client_id)
+        finally:
+            self._acquiring.pop(client_id, None)
 
     def _last_sequence(self, client_id: str) -> int:
         return max(stream.sequences.get(client_id, 0) for stream in self._streams.values())
 
-    def _on_owner(self, client_id: str, gateway: str) -> None:
+    def _on_owner(self, kind: int, client_id: str, gateway: str) -> None:
+        if (last := self._acquiring.get(client_id)) is not None:
+            last[kind] = gateway
         if gateway != self.gateway and client_id in self._owned:
             self._owned.discard(client_id)
             self._moved.add(client_id)
