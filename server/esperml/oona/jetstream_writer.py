@@ -254,6 +254,9 @@ class TopicWriter:
         held_up: set[str] = set()
         messages = size = 0
         for request in list(self._waiting):
+            if request.future.cancelled():
+                self._waiting.remove(request)  # Nobody wants it any more.
+                continue
             if request.deadline_s <= now_s:
                 self._give_up(request, LogUnavailableError(f"not confirmed in time: {self._problem}"))
                 continue

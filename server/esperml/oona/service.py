@@ -188,9 +188,13 @@ class OonaService(oona_pb2_grpc.OonaServicer):
         return oona_pb2.PurgeDeadLettersResponse(count=count)
 
     def _end_moved(self, client_id: str) -> None:
-        """A client that came to another server of the same bus has lost its stream here."""
+        """A client that came to another server of the same bus has lost its stream here.
+
+        Not with ABORTED, which is for good: where a server was cut off, what it still did for a stream that had ended
+        may come after what another did for the one that stands, and that client must only come again.
+        """
         if (stream := self._streams.get(client_id)) is not None:
-            stream.end(grpc.StatusCode.ABORTED, f"another stream was opened as {client_id!r} at another server")
+            stream.end(grpc.StatusCode.UNAVAILABLE, f"a stream was opened as {client_id!r} at another server")
 
     def _replace(self, stream: ClientStream) -> None:
         """A client that comes again has lost its old stream, even where that looks alive from here."""
