@@ -17,9 +17,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from esperml.oona.jetstream.nats_server import NatsServer, NatsServerError, find_nats_server, free_ports
 from esperml.oona.log import Log
-from esperml.oona.nats_server import NatsServer, NatsServerError, find_nats_server, free_ports
-from esperml.oona.sqlite_log import SqliteLog
+from esperml.oona.sqlite.log import SqliteLog
 from esperml.settings import JetStreamSettings, OonaSettings
 from esperml.v1 import event_pb2, oona_pb2
 
@@ -83,7 +83,7 @@ def jetstream_settings(nats_server):
 
 @pytest.fixture
 def jetstream_engine(jetstream_settings):
-    from esperml.oona.jetstream_log import JetStreamLog
+    from esperml.oona.jetstream.log import JetStreamLog
 
     async def open_log() -> Log:
         return await JetStreamLog.open(jetstream_settings)

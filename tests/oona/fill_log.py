@@ -11,7 +11,7 @@ from pathlib import Path
 
 from esperml.client import new_event
 from esperml.oona.log import EncodedEvents, Log
-from esperml.oona.sqlite_log import SqliteLog
+from esperml.oona.sqlite.log import SqliteLog
 from esperml.v1 import event_pb2, run_pb2
 
 FRAME_EVENTS = 256

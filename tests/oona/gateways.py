@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 
 from esperml.oona import OonaService, add_to_server, server_options
-from esperml.oona.jetstream_broker import ClusterBroker, open_cluster_broker
+from esperml.oona.jetstream.broker import ClusterBroker, open_cluster_broker
 from esperml.settings import OonaSettings
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from esperml.client import Backoff, OonaClient
-from esperml.oona.salvage import examine
+from esperml.oona.sqlite.salvage import examine
 from esperml.v1 import event_pb2, oona_pb2
 
 EVENTS = event_pb2.KIND_EVENTS

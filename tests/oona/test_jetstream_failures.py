@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from esperml.client import Backoff, OonaClient, StorageError
-from esperml.oona.nats_server import NatsServerError, cluster_of_three, find_nats_server
+from esperml.oona.jetstream.nats_server import NatsServerError, cluster_of_three, find_nats_server
 from esperml.settings import JetStreamSettings, OonaSettings
 from esperml.v1 import event_pb2, oona_pb2
 
@@ -145,7 +145,7 @@ async def check_log(target: str, loads: list[Load]) -> int:
 
 async def leader(servers) -> object:
     """The server that leads the stream of the events."""
-    from esperml.oona.jetstream_link import Link
+    from esperml.oona.jetstream.link import Link
     from esperml.oona.log import LogUnavailableError
 
     link = await Link.open(JetStreamSettings(servers=",".join(server.url for server in servers)))

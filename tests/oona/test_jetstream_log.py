@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from esperml.oona.engines import open_broker
+from esperml.oona.jetstream.nats_server import free_ports
 from esperml.oona.log import EncodedEvents, LogFullError, LogUnavailableError
-from esperml.oona.nats_server import free_ports
 from esperml.oona.wire import join_batch
 from esperml.settings import JetStreamSettings, OonaSettings, RetentionLimits, RetentionSettings
 from esperml.v1 import event_pb2
@@ -20,7 +20,7 @@ EVENTS = event_pb2.KIND_EVENTS
 
 @pytest.fixture
 def open_jetstream(jetstream_settings):
-    from esperml.oona.jetstream_log import JetStreamLog
+    from esperml.oona.jetstream.log import JetStreamLog
 
     async def open_log(**settings: object) -> JetStreamLog:
         return await JetStreamLog.open(jetstream_settings.model_copy(update=settings))

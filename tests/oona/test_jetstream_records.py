@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("nats")
 
-from esperml.oona.jetstream_groups import decode_letter, encode_letter
-from esperml.oona.jetstream_link import Stored
-from esperml.oona.jetstream_names import TopicNames, from_token, to_token
-from esperml.oona.jetstream_records import (
+from esperml.oona.jetstream.groups import decode_letter, encode_letter
+from esperml.oona.jetstream.link import Stored
+from esperml.oona.jetstream.names import TopicNames, from_token, to_token
+from esperml.oona.jetstream.records import (
     FRAME_HEADER,
     FramePart,
     Joiner,
@@ -22,7 +22,7 @@ from esperml.oona.jetstream_records import (
     TopicState,
     split,
 )
-from esperml.oona.jetstream_topic import decode_notice
+from esperml.oona.jetstream.topic import decode_notice
 from esperml.oona.log import DeadLetter, EncodedEvents, LogDamagedError
 from esperml.oona.wire import join_batch
 from esperml.v1 import event_pb2, oona_pb2

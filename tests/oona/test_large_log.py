@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from esperml.oona.sqlite_log import SqliteLog
+from esperml.oona.sqlite.log import SqliteLog
 from esperml.v1 import event_pb2
 
 sys.path.insert(0, str(Path(__file__).parent))

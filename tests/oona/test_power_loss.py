@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from esperml.client import OonaClient
-from esperml.oona.sqlite_log import SqliteLog
+from esperml.oona.sqlite.log import SqliteLog
 from esperml.v1 import event_pb2, oona_pb2
 
 CUTS = int(os.environ.get("POWER_CUTS", "15"))

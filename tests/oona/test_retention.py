@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from esperml.client import BehindFloorError, OonaClient
 from esperml.oona.log import EncodedEvents, LogUnavailableError, TopicBounds
 from esperml.oona.retention import FrameExtent, Retention, first_to_keep, retention
-from esperml.oona.sqlite_log import SqliteLog
+from esperml.oona.sqlite.log import SqliteLog
 from esperml.settings import RetentionLimits, RetentionSettings
 from esperml.v1 import event_pb2, oona_pb2
 

@@ -14,8 +14,8 @@ from esperml.cli.root import main
 from esperml.client import OonaClient
 from esperml.oona.log import DeadLetter, EncodedEvents, GroupProgress, LogDamagedError, LogInUseError
 from esperml.oona.ranges import RangeSet
-from esperml.oona.salvage import examine, salvage
-from esperml.oona.sqlite_log import SqliteLog
+from esperml.oona.sqlite.log import SqliteLog
+from esperml.oona.sqlite.salvage import examine, salvage
 from esperml.v1 import event_pb2, oona_pb2
 
 TELEMETRY, EVENTS = event_pb2.KIND_TELEMETRY, event_pb2.KIND_EVENTS

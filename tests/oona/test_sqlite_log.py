@@ -16,7 +16,7 @@ from esperml.oona.log import (
     StoredFrame,
 )
 from esperml.oona.ranges import RangeSet
-from esperml.oona.sqlite_log import SqliteLog
+from esperml.oona.sqlite.log import SqliteLog
 from esperml.v1 import event_pb2
 
 EVENTS = event_pb2.KIND_EVENTS

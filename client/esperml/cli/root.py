@@ -32,9 +32,7 @@ class Mount:
 COMMANDS: Final = {
     "demo": Mount("esperml.demo.cli:demo", "trainer", "Grow two real networks under Tamiyo and show what came of it."),
     "serve": Mount("esperml.server.cli:serve", "server", "Run Oona and Tamiyo."),
-    "cluster": Mount(
-        "esperml.server.cluster_cli:cluster", "server", "Run three NATS servers and the bus on them."
-    ),
+    "cluster": Mount("esperml.server.cluster_cli:cluster", "server", "Run three NATS servers and the bus on them."),
     "trainer": Mount("esperml.trainer.cli:trainer", "trainer", "Collect experience, train Tamiyo on it, look at both."),
     "topics": Mount(
         "esperml.cli.topics:topics", "", "Look into the bus: lags, records as they come, dead letters; purge."

@@ -11,7 +11,7 @@ from esperml.oona.admission import Doors
 from esperml.oona.broker import Broker
 from esperml.oona.log import Log, LogDamagedError, LogError, LogInUseError, LogUnavailableError
 from esperml.oona.service import OonaService, add_to_server, server_options
-from esperml.oona.sqlite_log import SqliteLog
+from esperml.oona.sqlite.log import SqliteLog
 
 __all__ = [
     "Broker",

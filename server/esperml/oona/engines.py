@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from esperml.oona.broker import Broker
 from esperml.oona.log import LogUnavailableError
 from esperml.oona.retention import Retention
-from esperml.oona.sqlite_log import SqliteLog
+from esperml.oona.sqlite.log import SqliteLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -30,7 +30,7 @@ async def open_broker(settings: OonaSettings, data_dir: Path) -> AsyncIterator[B
     """
     if settings.engine == "jetstream":
         try:
-            from esperml.oona.jetstream_broker import open_cluster_broker
+            from esperml.oona.jetstream.broker import open_cluster_broker
         except ModuleNotFoundError as error:
             if error.name != "nats":
                 raise

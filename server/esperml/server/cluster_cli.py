@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
 import click
-
-from esperml.oona.nats_server import NatsServerError, cluster_of_three
-
-_START_TIMEOUT_S: Final = 60.0
-_STOP_TIMEOUT_S: Final = 15.0
-_LOOK_S: Final = 0.5
-
-
-class ClusterError(RuntimeError):
-    """A process of the cluster did not start, or has ended."""
 
 
 @click.command()
@@ -45,85 +30,10 @@ def cluster(data_dir: Path, gateways: int) -> None:
         esper cluster
         esper cluster --data-dir /tmp/cluster --gateways 3
     """
+    from esperml.oona.jetstream.nats_server import NatsServerError
+    from esperml.server.cluster import ClusterError, run
+
     try:
         asyncio.run(run(data_dir.resolve(), gateways, lambda facts: click.echo(json.dumps(facts))))
     except (NatsServerError, ClusterError, OSError) as error:
         raise click.ClickException(str(error)) from error
-
-
-async def run(data_dir: Path, gateways: int, ready: Callable[[dict[str, object]], None]) -> None:
-    """Run the cluster until a signal comes.
-
-    Args:
-        data_dir: folder of everything that it stores, absolute.
-        gateways: servers of the bus.
-        ready: called once with the addresses.
-
-    Raises:
-        NatsServerError: nats-server is not installed, or does not start.
-        ClusterError: a process did not start, or has ended.
-        OSError: the folder cannot be written.
-    """
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with contextlib.AsyncExitStack() as stack:
-        servers = cluster_of_three(data_dir)
-        for server in servers:
-            server.start()
-            stack.callback(server.stop)
-        for server in servers:
-            await server.ready()
-        nats = ",".join(server.url for server in servers)
-        monitoring = ",".join(server.monitoring for server in servers)
-        started = [_start_gateway(data_dir, index, nats, monitoring, stack) for index in range(gateways)]
-        processes, targets = zip(*await asyncio.gather(*started), strict=True)
-        ready({"target": ",".join(targets), "nats": nats, "monitoring": monitoring})
-        while not stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), _LOOK_S)
-            for index, process in enumerate(processes):
-                if process.returncode is not None and not stop.is_set():
-                    raise ClusterError(f"server {index + 1} of the bus has ended; its log says why")
-            for server in servers:
-                if not server.is_running and not stop.is_set():
-                    raise ClusterError(f"{server.name} has ended; its log says why")
-
-
-async def _start_gateway(
-    data_dir: Path, index: int, nats: str, monitoring: str, stack: contextlib.AsyncExitStack
-) -> tuple[asyncio.subprocess.Process, str]:
-    """Start one server of the bus. Returns its process and its address."""
-    folder = data_dir / f"gateway-{index + 1}"
-    folder.mkdir(parents=True, exist_ok=True)
-    configuration = folder / "esper.toml"
-    configuration.write_text(f'[oona.jetstream]\nmonitoring = "{monitoring}"\ntimeout_s = 30.0\n')
-    arguments = ["serve", "--engine", "jetstream", "--nats", nats, "--port", "0", "--data-dir", str(folder)]
-    arguments += ["--config", str(configuration), *(["--bus-only"] if index else [])]
-    log = stack.enter_context((folder / "server.log").open("ab"))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "esperml.cli", *arguments, stdout=asyncio.subprocess.PIPE, stderr=log
-    )
-    stack.push_async_callback(_stop, process)
-    if process.stdout is None:
-        raise ClusterError("the server's output cannot be read")
-    try:
-        async with asyncio.timeout(_START_TIMEOUT_S):
-            line = await process.stdout.readline()
-    except TimeoutError as error:
-        raise ClusterError(f"server {index + 1} of the bus does not get ready; see {folder}/server.log") from error
-    if not line:
-        raise ClusterError(f"server {index + 1} of the bus did not start; see {folder}/server.log")
-    return process, json.loads(line)["listening"]
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
-    process.terminate()
-    try:
-        async with asyncio.timeout(_STOP_TIMEOUT_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()

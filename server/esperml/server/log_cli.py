@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from esperml.oona.salvage import Findings
+    from esperml.oona.sqlite.salvage import Findings
 
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -36,7 +36,7 @@ def check(file: Path) -> None:
     Example:
         esper log check esper-data/oona.sqlite
     """
-    from esperml.oona.salvage import examine
+    from esperml.oona.sqlite.salvage import examine
 
     with _errors_in_words():
         findings = examine(file)
@@ -57,7 +57,7 @@ def salvage(damaged: Path, new: Path) -> None:
     Example:
         esper log salvage esper-data/oona.sqlite saved.sqlite
     """
-    from esperml.oona.salvage import salvage as save
+    from esperml.oona.sqlite.salvage import salvage as save
 
     with _errors_in_words():
         findings = save(damaged, new)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from esperml.oona.log import Appended, DeadLetter, EncodedEvents, GroupProgress, SequenceGapError, TopicBounds
 from esperml.oona.retention import FrameExtent
-from esperml.oona.sqlite_letters import store_letters
+from esperml.oona.sqlite.letters import store_letters
 
 if TYPE_CHECKING:
     import sqlite3

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from esperml.oona.jetstream_members import decode_rejected
+from esperml.oona.jetstream.members import decode_rejected
 from esperml.oona.log import LogError
 from esperml.oona.rejection import RequestRejectedError, from_log_error
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from nats.aio.msg import Msg
 
-    from esperml.oona.jetstream_link import Link
+    from esperml.oona.jetstream.link import Link
     from esperml.v1 import event_pb2
 
 

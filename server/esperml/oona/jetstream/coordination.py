@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from esperml.oona.jetstream_link import Message
+from esperml.oona.jetstream.link import Message
 from esperml.oona.log import LogUnavailableError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from nats.aio.msg import Msg
 
-    from esperml.oona.jetstream_groups import GroupKey, GroupStore
-    from esperml.oona.jetstream_link import Link
+    from esperml.oona.jetstream.groups import GroupKey, GroupStore
+    from esperml.oona.jetstream.link import Link
 
 _log = structlog.get_logger(__name__)
 

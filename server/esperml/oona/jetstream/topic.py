@@ -7,15 +7,15 @@ import json
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
-from esperml.oona.jetstream_follower import Follower
-from esperml.oona.jetstream_records import FramePart, Joiner, StateRecord, TopicState
+from esperml.oona.jetstream.follower import Follower
+from esperml.oona.jetstream.records import FramePart, Joiner, StateRecord, TopicState
 from esperml.oona.log import LogUnavailableError, StoredFrame, TopicBounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from esperml.oona.jetstream_link import Link, Message
-    from esperml.oona.jetstream_names import TopicNames
+    from esperml.oona.jetstream.link import Link, Message
+    from esperml.oona.jetstream.names import TopicNames
 
 # Messages with events asked for at once.
 _MESSAGES: Final = 256

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from esperml.oona.jetstream_link import Link
+    from esperml.oona.jetstream.link import Link
 
 _MESSAGES: Final = 1000
 _BYTES: Final = 4 * 2**20

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from esperml.oona.broker import Broker
-from esperml.oona.jetstream_calls import GroupCall, answer_call, call_coordinator
-from esperml.oona.jetstream_conversation import Conversation
-from esperml.oona.jetstream_coordination import Coordination
-from esperml.oona.jetstream_groups import GroupMovedError, GroupRecord
-from esperml.oona.jetstream_log import JetStreamLog
-from esperml.oona.jetstream_members import ForwardedMember, decode_opening, serve_member
+from esperml.oona.jetstream.calls import GroupCall, answer_call, call_coordinator
+from esperml.oona.jetstream.conversation import Conversation
+from esperml.oona.jetstream.coordination import Coordination
+from esperml.oona.jetstream.groups import GroupMovedError, GroupRecord
+from esperml.oona.jetstream.log import JetStreamLog
+from esperml.oona.jetstream.members import ForwardedMember, decode_opening, serve_member
 from esperml.oona.log import LogUnavailableError
 from esperml.oona.members import MemberReader, SharedGroup
 from esperml.oona.rejection import from_log_error
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from nats.aio.msg import Msg
 
-    from esperml.oona.jetstream_groups import GroupKey
+    from esperml.oona.jetstream.groups import GroupKey
     from esperml.oona.log import DeadLetter
     from esperml.oona.subscriptions import Emit, ServedSubscription
     from esperml.settings import OonaSettings

@@ -36,10 +36,10 @@ from esperml.oona.log import (
     TopicBounds,
 )
 from esperml.oona.ranges import RangeSet
-from esperml.oona.sqlite_letters import letter_offsets, read_letters
-from esperml.oona.sqlite_lock import lock_log, mark_closed, mark_open
-from esperml.oona.sqlite_schema import SALVAGE, check_files, create_or_check_schema
-from esperml.oona.sqlite_transaction import Transaction, oldest_frames
+from esperml.oona.sqlite.letters import letter_offsets, read_letters
+from esperml.oona.sqlite.lock import lock_log, mark_closed, mark_open
+from esperml.oona.sqlite.schema import SALVAGE, check_files, create_or_check_schema
+from esperml.oona.sqlite.transaction import Transaction, oldest_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -6,8 +6,8 @@ import zlib
 from typing import IO, TYPE_CHECKING, Final
 
 from esperml.oona.log import LogDamagedError
-from esperml.oona.sqlite_letters import LETTERS_SCHEMA
-from esperml.oona.sqlite_lock import was_left_open
+from esperml.oona.sqlite.letters import LETTERS_SCHEMA
+from esperml.oona.sqlite.lock import was_left_open
 
 if TYPE_CHECKING:
     import sqlite3

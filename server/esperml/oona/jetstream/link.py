@@ -10,16 +10,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import nats
 import nats.errors
 import structlog
+from nats.aio.client import Client
 
 from esperml.oona.log import LogUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
@@ -124,7 +123,7 @@ class Link:
         if settings.tls_ca_file is not None:
             options["tls"] = _tls(settings)
         servers = split_addresses(settings.servers)
-        client = nats.NATS()
+        client = Client()
         try:
             async with asyncio.timeout(settings.timeout_s):
                 await client.connect(

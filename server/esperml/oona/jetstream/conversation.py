@@ -10,14 +10,14 @@ import asyncio
 import struct
 from typing import TYPE_CHECKING, Final
 
-from esperml.oona.jetstream_link import new_id
+from esperml.oona.jetstream.link import new_id
 from esperml.oona.log import LogUnavailableError
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
-    from esperml.oona.jetstream_link import Link
+    from esperml.oona.jetstream.link import Link
 
 # What stands before each piece: its number, and whether it ends a frame, is continued, says nothing, or ends it all.
 _PIECE: Final = struct.Struct("<QB")

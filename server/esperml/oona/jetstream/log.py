@@ -1,7 +1,7 @@
 """The log on a NATS JetStream cluster: one replicated stream per kind, and any number of gateways that share it.
 
 A gateway keeps nothing of its own. What it knows of the streams it has read from them or been told by the other
-gateways, and every batch that it stores says what it was worked out from; see :mod:`esperml.oona.jetstream_writer`.
+gateways, and every batch that it stores says what it was worked out from; see :mod:`esperml.oona.jetstream.writer`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 import structlog
 
 from esperml.contract import KINDS, KindValue, kind_name
-from esperml.oona.jetstream_groups import GroupStore
-from esperml.oona.jetstream_link import Link, new_id
-from esperml.oona.jetstream_names import TopicNames
-from esperml.oona.jetstream_records import split
-from esperml.oona.jetstream_streams import create_streams, declare_durability
-from esperml.oona.jetstream_topic import TopicStream, decode_notice
-from esperml.oona.jetstream_writer import PublisherMovedError, Request, TopicWriter, fail
+from esperml.oona.jetstream.groups import GroupStore
+from esperml.oona.jetstream.link import Link, new_id
+from esperml.oona.jetstream.names import TopicNames
+from esperml.oona.jetstream.records import split
+from esperml.oona.jetstream.streams import create_streams, declare_durability
+from esperml.oona.jetstream.topic import TopicStream, decode_notice
+from esperml.oona.jetstream.writer import PublisherMovedError, Request, TopicWriter, fail
 from esperml.oona.log import NO_LETTERS, LogDamagedError, LogFullError, LogUnavailableError, TopicBounds
 from esperml.oona.retention import limits_of
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from nats.aio.msg import Msg
 
-    from esperml.oona.jetstream_records import FramePart
-    from esperml.oona.jetstream_writer import Draft
+    from esperml.oona.jetstream.records import FramePart
+    from esperml.oona.jetstream.writer import Draft
     from esperml.oona.log import Appended, DeadLetter, EncodedEvents, GroupProgress, StoredFrame
     from esperml.settings import OonaSettings
 

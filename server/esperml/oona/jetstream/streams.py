@@ -9,12 +9,12 @@ import urllib.request
 from typing import TYPE_CHECKING, Any, Final
 
 from esperml.contract import KINDS
-from esperml.oona.jetstream_link import RefusedError, split_addresses
-from esperml.oona.jetstream_names import TopicNames
+from esperml.oona.jetstream.link import RefusedError, split_addresses
+from esperml.oona.jetstream.names import TopicNames
 from esperml.oona.log import LogUnavailableError
 
 if TYPE_CHECKING:
-    from esperml.oona.jetstream_link import Link
+    from esperml.oona.jetstream.link import Link
     from esperml.settings import JetStreamSettings
 
 _REPLICAS: Final = 3

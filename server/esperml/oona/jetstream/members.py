@@ -9,7 +9,7 @@ from enum import IntEnum
 from itertools import count
 from typing import TYPE_CHECKING, Final
 
-from esperml.oona.jetstream_conversation import Conversation, ConversationOverError
+from esperml.oona.jetstream.conversation import Conversation, ConversationOverError
 from esperml.oona.log import LogError, LogUnavailableError
 from esperml.oona.rejection import RequestRejectedError, from_log_error
 from esperml.v1 import oona_pb2
@@ -17,7 +17,7 @@ from esperml.v1 import oona_pb2
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
-    from esperml.oona.jetstream_link import Link
+    from esperml.oona.jetstream.link import Link
     from esperml.oona.subscriptions import Emit, ServedSubscription
 
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import structlog
 
-from esperml.oona.jetstream_link import MAX_BATCH_MESSAGES, ConflictError, Message, RefusedError, new_id
-from esperml.oona.jetstream_names import to_token
-from esperml.oona.jetstream_records import (
+from esperml.oona.jetstream.link import MAX_BATCH_MESSAGES, ConflictError, Message, RefusedError, new_id
+from esperml.oona.jetstream.names import to_token
+from esperml.oona.jetstream.records import (
     FRAME_HEADER,
     PUBLISHER_HEADER,
     FramePart,
@@ -31,15 +31,15 @@ from esperml.oona.jetstream_records import (
     TopicState,
     split,
 )
-from esperml.oona.jetstream_topic import encode_notice
+from esperml.oona.jetstream.topic import encode_notice
 from esperml.oona.log import Appended, LogDamagedError, LogError, LogFullError, LogUnavailableError, SequenceGapError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from esperml.oona.jetstream_link import Link
-    from esperml.oona.jetstream_records import Part
-    from esperml.oona.jetstream_topic import TopicStream
+    from esperml.oona.jetstream.link import Link
+    from esperml.oona.jetstream.records import Part
+    from esperml.oona.jetstream.topic import TopicStream
     from esperml.oona.log import EncodedEvents
 
 _log = structlog.get_logger(__name__)

@@ -14,7 +14,7 @@ from esperml.oona.wire import join_batch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from esperml.oona.jetstream_link import Stored
+    from esperml.oona.jetstream.link import Stored
     from esperml.oona.log import EncodedEvents
 
 FRAME_HEADER: Final = "Oona-Frame"

@@ -12,17 +12,17 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from esperml.oona.jetstream_follower import Follower
-from esperml.oona.jetstream_link import ConflictError, Message, RefusedError, new_id
-from esperml.oona.jetstream_names import from_token, to_token
-from esperml.oona.jetstream_writer import fail
+from esperml.oona.jetstream.follower import Follower
+from esperml.oona.jetstream.link import ConflictError, Message, RefusedError, new_id
+from esperml.oona.jetstream.names import from_token, to_token
+from esperml.oona.jetstream.writer import fail
 from esperml.oona.log import DeadLetter, GroupProgress, LogDamagedError, LogError, LogFullError, LogUnavailableError
 from esperml.oona.ranges import RangeSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from esperml.oona.jetstream_link import Link
+    from esperml.oona.jetstream.link import Link
 
 GroupKey = tuple[int, str]
 

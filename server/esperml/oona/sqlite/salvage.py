@@ -18,9 +18,9 @@ from typing import IO, TYPE_CHECKING, Final, TypeGuard
 from esperml.contract import KINDS, kind_name
 from esperml.oona.log import LogDamagedError
 from esperml.oona.ranges import RangeSet
-from esperml.oona.sqlite_lock import lock_log
-from esperml.oona.sqlite_pages import Pages, Place
-from esperml.oona.sqlite_schema import check_files, create_or_check_schema
+from esperml.oona.sqlite.lock import lock_log
+from esperml.oona.sqlite.pages import Pages, Place
+from esperml.oona.sqlite.schema import check_files, create_or_check_schema
 from esperml.oona.wire import join_batch
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from esperml.contract import KindValue
-    from esperml.oona.sqlite_pages import Value
+    from esperml.oona.sqlite.pages import Value
 
 # What one transaction of the new log takes in.
 _TRANSACTION_BYTES: Final = 64 * 2**20
