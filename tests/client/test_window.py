@@ -44,12 +44,23 @@ async def test_what_is_unconfirmed_goes_out_again_with_the_same_sequences(window
     send_all(window)
     window.confirm(10, oona_pb2.Published(first_offset=0, count=1))
     assert (await first.confirmed).count == 1
-    # The server had stored the second as well before the stream broke.
-    assert window.resume(3) == 0
+    assert window.resume(2) == 0
     assert send_all(window, 20) == [(20, 2)]
-    window.confirm(20, oona_pb2.Published(duplicates=1))
-    assert (await second.confirmed).duplicates == 1
+    window.confirm(20, oona_pb2.Published(first_offset=1, count=1))
+    assert (await second.confirmed).count == 1
     assert len(window) == 0
+
+
+async def test_what_was_stored_is_confirmed_when_the_stream_is_back_and_cannot_be_refused_any_more(window):
+    window.resume(1)
+    stored, unsent = window.add(frame("a")), window.add(frame("b"))
+    window.next_to_send(10)
+    # The confirmation was lost with the stream.
+    assert window.resume(2) == 0
+    assert (await stored.confirmed).duplicates == 1
+    # Were it sent again and refused, this one would be given its sequence, and be taken for stored.
+    assert send_all(window, 20) == [(20, 2)]
+    assert not unsent.confirmed.done()
 
 
 async def test_a_refused_frame_gives_its_sequences_to_those_behind_it(window):

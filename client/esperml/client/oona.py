@@ -341,6 +341,7 @@ class OonaClient(TopicCalls):
         self._outbox.clear()
         self._max_frame_bytes = connection.opened.max_frame_bytes
         self._connected.set()
+        self._room.set()
         # Subscriptions go on behind the last record that came, with their credit granted again.
         for subscription in list(self._subscriptions.values()):
             self._send_subscription(subscription)

@@ -80,6 +80,9 @@ class ResendWindow:
     def resume(self, server_next: int) -> int:
         """Start over with the sequence that the server expects: everything unconfirmed counts as not sent.
 
+        What lies below is stored, though its confirmation was lost: it is confirmed here and does not go out again, for
+        were it refused now, what follows would be given its sequences, and be taken for stored.
+
         Returns:
             How many confirmed events the server has lost: 0 unless its log was lost or replaced. What is unconfirmed
             is then numbered anew from what the server expects.
@@ -93,6 +96,13 @@ class ResendWindow:
             if server_next > self._end_sequence:
                 raise ClientIdConflictError(self._client_id)
             if server_next >= self._first_sequence:
+                while self._frames and self._first_sequence + self._frames[0].count <= server_next:
+                    frame = self._frames[0]
+                    self._remove(frame)
+                    self._first_sequence += frame.count
+                    if not frame.confirmed.done():
+                        frame.confirmed.set_result(oona_pb2.Published(duplicates=frame.count))
+                self._next_sequence = self._first_sequence
                 return 0
             lost = self._first_sequence - server_next
         self._first_sequence = self._next_sequence = self._end_sequence = server_next
