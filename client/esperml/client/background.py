@@ -12,7 +12,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from esperml.client.errors import ClientClosedError, ForkedClientError
+from esperml.client.errors import ClientClosedError, ForkedClientError, OonaError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -68,8 +68,10 @@ class BackgroundLoop:
             RuntimeError: called on the loop itself, where waiting for the outcome would never end.
         """
         try:
-            return asyncio.run_coroutine_threadsafe(work, self._usable_loop())
-        except BaseException:
+            loop = self._usable_loop()
+            return asyncio.run_coroutine_threadsafe(work, loop)
+        except (RuntimeError, OonaError):
+            # The loop has not got it. After Ctrl-C, which may come at any moment, it may have, and closes it itself.
             work.close()
             raise
 

@@ -16,9 +16,12 @@ import structlog
 
 from esperml.client.credentials import NO_CREDENTIALS, Credentials
 from esperml.client.errors import (
+    BehindFloorError,
+    BelowFloorError,
     CredentialsError,
     ForbiddenError,
     FrameTooLargeError,
+    InvalidRequestError,
     OonaError,
     RejectedError,
     StreamEndedError,
@@ -49,6 +52,8 @@ _FRAME_INTERVAL_S: Final = 0.1
 _UNREACHED_TIMEOUT_S: Final = 1.0
 _SETTLE_S: Final = 0.02
 _REFUSED_RETRY_S: Final = 10.0
+# Time before commands are asked for anew, where what was to be read next is not there, in s.
+_RESTART_S: Final = 1.0
 
 
 class GrpcLink:
@@ -211,6 +216,10 @@ class GrpcLink:
                 self._tell_once("commands_forbidden", error.message)
                 asked.set()
                 await asyncio.sleep(_REFUSED_RETRY_S)
+            except (BelowFloorError, BehindFloorError, InvalidRequestError) as error:
+                # Commands were purged meanwhile, or the server has another log: go on with what comes from now on.
+                self._tell_once("commands_lost", str(error))
+                await asyncio.sleep(_RESTART_S)
 
     async def _send(self, oona: OonaClient, asked: asyncio.Event) -> None:
         await asked.wait()
