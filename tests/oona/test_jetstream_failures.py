@@ -21,8 +21,8 @@ pytest.importorskip("nats")
 EVENTS = event_pb2.KIND_EVENTS
 EARLIEST = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
 # Rounds of each failure, and how long the network is cut: short in CI, as long as told otherwise.
-ROUNDS = int(os.environ.get("ESPER_TEST_CLUSTER_ROUNDS", "1"))
-CUT_S = float(os.environ.get("ESPER_TEST_CLUSTER_CUT_S", "1.5"))
+ROUNDS = int(os.environ.get("CLUSTER_ROUNDS", "1"))
+CUT_S = float(os.environ.get("CLUSTER_CUT_S", "1.5"))
 LONG = ROUNDS > 1
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("nats")
 
 from esperml.oona.jetstream.groups import decode_letter, encode_letter
-from esperml.oona.jetstream.link import Stored
+from esperml.oona.jetstream.link import Stored, without_passwords
 from esperml.oona.jetstream.names import TopicNames, from_token, to_token
 from esperml.oona.jetstream.records import (
     FRAME_HEADER,
@@ -115,3 +115,8 @@ def test_states_and_dead_letters_come_back():
         assert StateRecord.decode("x", record.encode()) == record
     letter = DeadLetter(3, 4, b"\x00\xff", 2, 5, oona_pb2.DEAD_LETTER_REASON_NACKED, replaying=True)
     assert decode_letter("x", encode_letter(letter)) == letter
+
+
+def test_errors_show_addresses_without_passwords():
+    servers = ["nats://ann:secret@one:4222", "tls://two:4222", "token@three"]
+    assert without_passwords(servers) == "nats://one:4222, tls://two:4222, three"

@@ -106,7 +106,7 @@ class Link:
 
     def __init__(self, client: Client, servers: Sequence[str]) -> None:
         self._client = client
-        self._servers = ", ".join(servers)
+        self._servers = without_passwords(servers)
         self.max_message_bytes = min(client.max_payload - _HEADER_ROOM, _LARGEST_MESSAGE)
         self.clustered = bool(client._server_info.get("cluster"))
 
@@ -143,7 +143,7 @@ class Link:
         except (OSError, nats.errors.Error, TimeoutError) as error:
             with suppress(OSError, nats.errors.Error):
                 await client.close()
-            raise LogUnavailableError(f"{settings.servers}: no NATS server answers: {error!r}") from error
+            raise LogUnavailableError(f"{without_passwords(servers)}: no NATS server answers: {error!r}") from error
         return cls(client, servers)
 
     async def close(self) -> None:
@@ -311,6 +311,12 @@ class Link:
 def split_addresses(text: str) -> list[str]:
     """The addresses of a list that is separated by commas."""
     return [address for part in text.split(",") if (address := part.strip())]
+
+
+def without_passwords(servers: Sequence[str]) -> str:
+    """The addresses as errors may show them, which clients see: without the user and the password before an @."""
+    shown = (server.rpartition("://") for server in servers)
+    return ", ".join(f"{scheme}{mark}{rest.rpartition('@')[2]}" for scheme, mark, rest in shown)
 
 
 def new_id() -> str:

@@ -156,6 +156,8 @@ class JetStreamLog:
         What another gateway still had under way for it is stored by then, or refused.
         """
         self._moved.discard(client_id)
+        # Anew for each stream: what this gateway knows may be from before another stored for the publisher.
+        self._owned.discard(client_id)
         while (under_way := self._under_way.get(client_id)) is not None:
             await asyncio.wait([under_way[1]])
         for _ in range(_ACQUIRE_TRIES):
@@ -211,6 +213,10 @@ class JetStreamLog:
         if before <= state.earliest:
             return state.earliest
         found = await stream.first(lambda part: part.end > before)
+        lags = before < state.next if found is None else found[1].first_offset > max(before, state.earliest)
+        if lags:
+            # What it does not show is there, and must not be deleted with what is to go.
+            raise LogUnavailableError(f"{stream.names.stream}: the replica that was asked lags; try again")
         if found is None:
             sequence, earliest, earliest_bytes = end, state.next, state.next_bytes
         else:
@@ -311,6 +317,8 @@ class JetStreamLog:
                     await self._retain_kind(kind)
                 except LogUnavailableError as error:
                     _log.debug("retention_waits", detail=str(error))
+                except LogDamagedError as error:
+                    _log.error("stream_damaged", detail=str(error))
 
     async def _retain_kind(self, kind: KindValue) -> None:
         limits = limits_of(self._settings.retention, kind)

@@ -82,9 +82,9 @@ class TopicStream:
     def apply_batch(self, base: int, last: int, states: Sequence[tuple[str, bytes]]) -> None:
         """Note a batch that was stored behind sequence ``base``, up to ``last``; ``states`` are its last messages.
 
-        Ignored where something before it is not known yet.
+        Ignored where something before it is not known yet; of what is known already, the rest is taken.
         """
-        if base == self.last_sequence:
+        if base <= self.last_sequence:
             for sequence, (subject, data) in enumerate(states, last - len(states) + 1):
                 self._follower.take(sequence, subject, data)
 
@@ -129,6 +129,8 @@ class TopicStream:
         while low < high:
             middle = (low + high) // 2
             message = await self._link.get(self.names.stream, middle, self.names.runs)
+            if message is None and found is not None:
+                raise LogUnavailableError(f"{self.names.stream}: a replica that was asked lags behind another")
             if message is None or message.sequence >= high:
                 high = middle
                 continue
@@ -149,7 +151,10 @@ class TopicStream:
                 await self._reachable()
                 continue
             if found is None:
-                break
+                if self.state.earliest >= self.state.next:
+                    break
+                await asyncio.sleep(_PAUSE_S)  # There is one: the replica that was asked lags.
+                continue
             return max(found[1].first_offset, self.state.earliest)
         return self.state.next
 
