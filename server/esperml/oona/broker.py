@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from esperml.contract import KINDS, kind_name
 from esperml.oona.log import Appended, GroupProgress, LogError, LogUnavailableError
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from esperml.oona.subscriptions import Emit, ServedSubscription
     from esperml.oona.traffic import Traffic
     from esperml.settings import OonaSettings
+
+# What a log's 64-bit columns hold.
+_MAX_OFFSET: Final = 2**63 - 1
 
 
 class Broker:
@@ -198,6 +201,8 @@ class Broker:
             RequestRejectedError: no such kind or group, or the log cannot be asked now.
         """
         letters = self._group(kind, group).letters
+        if first > _MAX_OFFSET:
+            return [], None
         try:
             return await letters.page(first, limit)
         except LogError as error:
@@ -272,6 +277,8 @@ class Broker:
                 group = self._groups[key] = SharedGroup(subscribe.group, topic, self._log, progress)
             else:
                 group.move(progress)
+                # Once more: members may have acknowledged what lay at the old place while this was being stored.
+                await self._store_start(subscribe, progress)
         return MemberReader(
             subscribe.subscription_id,
             topic,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Deadlines of what was settled that may stay before they are swept out.
+_STALE_DEADLINES: Final = 64
 
 
 class Span(NamedTuple):
@@ -62,6 +65,10 @@ class Leases:
         self._firsts.insert(index, span.first)
         self._leases.insert(index, Lease(span, deadline_s))
         self._deadlines.append((deadline_s, span.first, span.last))
+        # Those of what was settled leave at the front only, where one long lease may keep them all.
+        if len(self._deadlines) > 2 * len(self._leases) + _STALE_DEADLINES:
+            left = sorted((lease.deadline_s, lease.span.first, lease.span.last) for lease in self._leases)
+            self._deadlines = deque(left)
 
     def at(self, offset: int) -> Span | None:
         """The span that holds an offset."""

@@ -85,8 +85,14 @@ class OonaService(oona_pb2_grpc.OonaServicer):
         """Publish and subscribe over one stream."""
 
         async def read() -> oona_pb2.StreamRequest | UnreadableFrame | None:
-            frame = await context.read()
-            return frame if isinstance(frame, oona_pb2.StreamRequest | UnreadableFrame) else None
+            frame: object = await context.read()
+            if not isinstance(frame, oona_pb2.StreamRequest | UnreadableFrame):
+                # The end. Where the client has cancelled, let that arrive first: gRPC 1.85 keeps some bytes for ever
+                # of a stream that is ended in good order after its client has gone.
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                return None
+            return frame
 
         async def write(response: oona_pb2.StreamResponse | bytes) -> None:
             try:

@@ -308,17 +308,25 @@ class SqliteLog:
                     request.error = error
             transaction.write_summary(before)
             self._connection.execute("COMMIT")
-        except (sqlite3.Error, UnicodeDecodeError) as error:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            problem = self._problem(error)
+        except Exception as error:  # noqa: BLE001 - Whatever it is, those who wait are told, and the thread goes on.
+            problem = self._give_up(error)
             for request in requests:
                 request.error = problem
             return False
         return True
 
-    def _problem(self, error: sqlite3.Error | UnicodeDecodeError) -> LogUnavailableError:
-        """What to tell those whose requests were not stored."""
+    def _give_up(self, error: Exception) -> LogUnavailableError:
+        """Roll back, and say what to tell those whose requests were not stored."""
+        if not isinstance(error, (sqlite3.Error, UnicodeDecodeError)):
+            _log.error("commit_failed", path=str(self._path), exc_info=error)
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            return self._problem(error)
+        except sqlite3.Error as further:
+            return LogUnavailableError(f"{self._path.name}: cannot store: {error}; {further}")
+
+    def _problem(self, error: Exception) -> LogUnavailableError:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL and self._max_bytes:
             [pages] = self._connection.execute("PRAGMA page_count").fetchone()
             [page_bytes] = self._connection.execute("PRAGMA page_size").fetchone()
