@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from esperml.cli import main
 from esperml.oona.access import Caller, Role
 from esperml.server.tokens import Tokens, TokensError, create, load, revoke
+from esperml.server.watch import TokensFile
 
 LATER = timedelta(days=365)
 
@@ -193,3 +194,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TokensError, match=r"Not a directory|File exists"):
         make(tmp_path / "file" / "tokens.json")
+
+
+def test_a_token_that_was_made_just_now_is_known_at_once(path):
+    make(path, Role.VIEWER)
+    file = TokensFile(path)
+    fresh = make(path, Role.HOST, name="fresh")
+    assert isinstance(file.tokens.identify(fresh), Caller)

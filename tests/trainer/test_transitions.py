@@ -135,7 +135,7 @@ def _mask_nothing(experience: Experience) -> None:
 BROKEN: dict[str, Callable[[Experience], object]] = {
     "experience.schema_version": _set("schema_version", 2),
     "experience.episode_id": _set("episode_id", ""),
-    "experience.state.graph.layers": lambda e: e.state.ClearField("graph"),
+    "experience.state.graph": lambda e: e.state.ClearField("graph"),
     "experience.state.graph.places.targets": lambda e: e.state.graph.places.sources.append(0),
     "experience.state.graph.places.targets[0]": lambda e: e.state.graph.places.targets.__setitem__(0, 99),
     "experience.state.layers.health.values": lambda e: e.state.layers.health.values.append(math.nan),
@@ -147,7 +147,7 @@ BROKEN: dict[str, Callable[[Experience], object]] = {
     "experience.reward.total": _set("reward.total", 1.5),
     "experience.reward.basis": _set("reward.basis", 0),
     "experience.next_state": lambda e: e.ClearField("next_state"),
-    "experience.next_state.graph.layers": lambda e: e.next_state.ClearField("graph"),
+    "experience.next_state.graph": lambda e: e.next_state.ClearField("graph"),
     "experience.decision.action": lambda e: e.decision.action.cull.SetInParent(),
     "experience.decision.action.germinate": lambda e: e.state.mask.blueprints.__setitem__(choice_of(e).place or 0, 0),
     "experience.decision.action.germinate.blueprint": _set("decision.action.germinate.blueprint", "orchid"),

@@ -14,7 +14,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -195,11 +195,15 @@ class Tokens:
 
     Args:
         entries: what the file has.
+
+    Attributes:
+        look_again: called where a token is unknown, before it is refused: it may have been made just now.
     """
 
     def __init__(self, entries: Sequence[Entry] = ()) -> None:
         self._entries: dict[str, tuple[Entry, Caller]] = {}
         self._internal: dict[str, tuple[Entry, Caller]] = {}
+        self.look_again: Callable[[], None] = lambda: None
         self.replace(entries)
 
     def replace(self, entries: Sequence[Entry]) -> None:
@@ -220,6 +224,8 @@ class Tokens:
         match = _TOKEN.fullmatch(token)
         if match is None:
             return "the token is none: it looks like esper_0a1b2c3d_…, as `esper token new` printed it"
+        if match[1] not in self._internal and match[1] not in self._entries:
+            self.look_again()
         found = self._internal.get(match[1]) or self._entries.get(match[1])
         if found is None or not hmac.compare_digest(found[0].sha256, _hash(token)):
             return "the token is unknown here, or was revoked; `esper token new` makes another"

@@ -41,6 +41,7 @@ class TokensFile:
         self._seen = self._mark()
         self._problem = ""
         self.tokens = Tokens(load(path))
+        self.tokens.look_again = self.refresh
 
     def refresh(self) -> None:
         """Read the file if it has changed. One that cannot be used changes nothing, and is told of in the log."""

@@ -114,7 +114,14 @@ class Controller:
             events: of telemetry, events, outcomes and decisions, each kind in its order. What breaks the contract is
                 logged and left out, as it was when it first came.
         """
-        ordered = sorted(events, key=lambda item: (item[1].created_at.ToNanoseconds(), _REBUILD_ORDER[item[0]]))
+        # Each kind stays in its order, however the clocks of those who made the events differ.
+        latest: dict[event_pb2.Kind.ValueType, int] = {}
+        timed = []
+        for kind, event in events:
+            latest[kind] = max(latest.get(kind, 0), event.created_at.ToNanoseconds())
+            timed.append((latest[kind], kind, event))
+        timed.sort(key=lambda item: (item[0], _REBUILD_ORDER[item[1]]))
+        ordered = [(kind, event) for _, kind, event in timed]
         recorded: dict[str, decision_pb2.AdaptationDecision] = {}
         for _, event in ordered:
             if event.WhichOneof("payload") == "decision":
