@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +60,14 @@ class Bus:
             self.service.shut_down()
             await self.server.stop(2)
             await self.log.close()
+
+    def execute(self, statement: str) -> None:
+        """Change the log's file from outside, in a transaction of its own.
+
+        On the log's own connection it could fall into a transaction of the writer, and be rolled back with it.
+        """
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            connection.execute(statement)
 
     async def break_off(self) -> None:
         """Stop without a word to the streams."""

@@ -284,18 +284,18 @@ async def test_letters_that_cannot_be_stored_now_are_stored_with_the_next(bus, o
         await joined(stream, max_attempts=1)
         await stream.records(2)
         refuse = "CREATE TRIGGER refuse BEFORE INSERT ON dead_letters BEGIN SELECT RAISE(ABORT, 'full'); END"
-        bus.log._connection.execute(refuse)
+        bus.execute(refuse)
         await stream.answer(ack=ack(nacked=[0]))
         refused = await stream.answer(ack=ack(acked=[(1, 1)]))
         assert refused.rejected.reason == oona_pb2.REJECT_REASON_STORAGE
-        bus.log._connection.execute("DROP TRIGGER refuse")
+        bus.execute("DROP TRIGGER refuse")
         assert (await stream.answer(ack=ack(acked=[(1, 1)]))).acked.committed_offset == 2
         assert [letter.record.offset for letter in await letters(calls, 1)] == [0]
-        bus.log._connection.execute(refuse)
+        bus.execute(refuse)
         every = oona_pb2.ReplayDeadLettersRequest(kind=EVENTS, group="g")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await (await calls()).ReplayDeadLetters(every)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        bus.log._connection.execute("DROP TRIGGER refuse")
+        bus.execute("DROP TRIGGER refuse")
         assert [letter.replaying for letter in await letters(calls, 1)] == [False]
         assert (await (await calls()).ReplayDeadLetters(every)).count == 1

@@ -108,7 +108,7 @@ async def test_credit_for_a_replay_that_has_just_ended_is_taken_without_a_word(b
 async def test_a_log_that_cannot_be_searched_by_time_ends_the_stream_with_data_loss(bus, open_stream, store):
     await store(1)
     async with open_stream(bus.target) as stream:
-        bus.log._connection.execute("DROP TABLE frames")
+        bus.execute("DROP TABLE frames")
         start = oona_pb2.StartAt()
         start.time.GetCurrentTime()
         await stream.send(subscribe=subscribe(start=start))
@@ -173,11 +173,11 @@ async def test_an_acknowledgement_that_cannot_be_stored_is_stored_with_the_next(
         await stream.send(grant=oona_pb2.Grant(subscription_id=1, messages=2))
         await stream.records(2)
         refuse = "CREATE TRIGGER refuse BEFORE UPDATE ON groups BEGIN SELECT RAISE(ABORT, 'full'); END"
-        bus.log._connection.execute(refuse)
+        bus.execute(refuse)
         acked = [oona_pb2.OffsetRange(first=0, last=0)]
         refused = await stream.answer(ack=oona_pb2.Ack(subscription_id=1, acked=acked))
         assert refused.rejected.reason == oona_pb2.REJECT_REASON_STORAGE
-        bus.log._connection.execute("DROP TRIGGER refuse")
+        bus.execute("DROP TRIGGER refuse")
         acked = [oona_pb2.OffsetRange(first=1, last=1)]
         stored = await stream.answer(ack=oona_pb2.Ack(subscription_id=1, acked=acked))
         assert stored.acked.committed_offset == 2

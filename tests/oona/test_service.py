@@ -452,8 +452,8 @@ async def test_a_damaged_record_ends_the_readers_stream_with_data_loss(bus, stre
     await stream.answer(publish=publish())
     await bus.stop()
     await bus.start(cache_bytes=0)
-    bus.log._connection.execute("UPDATE frames SET batch = x'ffff'")
-    bus.log._connection.execute("UPDATE frames SET crc32 = crc32 + 1")
+    bus.execute("UPDATE frames SET batch = x'ffff'")
+    bus.execute("UPDATE frames SET crc32 = crc32 + 1")
     async with grpc.aio.insecure_channel(bus.target) as channel:
         call = oona_pb2_grpc.OonaStub(channel).Stream(None)
         await call.write(oona_pb2.StreamRequest(request_id=1, open=oona_pb2.Open(client_id="reader")))
@@ -475,7 +475,7 @@ async def test_a_record_that_is_missing_ends_the_readers_stream_with_data_loss(
         await stream.answer(publish=publish(first))
     await bus.stop()
     await bus.start(cache_bytes=0)
-    bus.log._connection.execute("DELETE FROM frames WHERE first_offset = 1")
+    bus.execute("DELETE FROM frames WHERE first_offset = 1")
     async with open_stream(bus.target) as reader:
         await reader.answer(subscribe=subscribe(start=EARLIEST, group=group))
         await reader.send(grant=grant(3))

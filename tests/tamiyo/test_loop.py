@@ -247,13 +247,13 @@ async def ear():
 
 async def test_a_disk_that_refuses_acknowledgements_leaves_the_loop_standing(tools, tmp_path, bus, client, ear):
     refuse = "CREATE TRIGGER refuse BEFORE INSERT ON groups BEGIN SELECT RAISE(ABORT, 'full'); END"
-    bus.log._connection.execute(refuse)
+    bus.execute(refuse)
     async with TamiyoLoop(tools.controller(tmp_path)).running(bus.target):
         await ear.hear(event="group_not_founded")
-        bus.log._connection.execute("DROP TRIGGER refuse")
+        bus.execute("DROP TRIGGER refuse")
         await publish(client, session(tools, "before"))
         await ear.hear(event="run_started", run_id="before")
-        bus.log._connection.execute(refuse)
+        bus.execute(refuse)
         for run_id in ("first", "second"):
             await publish(client, session(tools, run_id))
             await ear.hear(event="run_started", run_id=run_id)
