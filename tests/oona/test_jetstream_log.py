@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 
 import pytest
@@ -98,3 +99,23 @@ async def test_the_embedded_engine_is_the_default(tmp_path):
     async with open_broker(OonaSettings(), tmp_path) as broker:
         assert broker.durability == "fsync"
     assert (tmp_path / "oona.sqlite").exists()
+
+
+async def test_a_call_that_is_cancelled_as_its_answer_comes_ends_as_cancelled(open_jetstream):
+    log = await open_jetstream()
+    answered = asyncio.Event()
+
+    async def answer(message):
+        await answered.wait()
+        await message.respond(b"here")
+
+    subscription = await log.link.subscribe("question", answer)
+    asking = asyncio.create_task(log.link.ask("question", b""))
+    while not (waiting := list(log.link._client._resp_map.values())):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    waiting[0].add_done_callback(lambda _: asking.cancel())
+    answered.set()
+    await asyncio.wait([asking])
+    assert asking.cancelled()
+    await log.link.unsubscribe(subscription)
+    await log.close()

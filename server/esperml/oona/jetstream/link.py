@@ -8,7 +8,7 @@ import json
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import nats.errors
 import structlog
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from esperml.settings import JetStreamSettings
 
 _log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
 
 MAX_BATCH_MESSAGES: Final = 1000
 """Most messages that a server takes in one atomic batch."""
@@ -253,7 +255,7 @@ class Link:
                 await self._client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(query).encode(), reply=inbox)
                 found: list[Stored] = []
                 while True:
-                    message = await subscription.next_msg(_REQUEST_TIMEOUT_S)
+                    message = await _cancellable(subscription.next_msg(_REQUEST_TIMEOUT_S))
                     headers = message.headers or {}
                     if "Nats-Sequence" not in headers:
                         if headers.get("Status") == "503":
@@ -295,7 +297,8 @@ class Link:
     async def _request(self, subject: str, data: bytes, headers: dict[str, str] | None = None) -> Msg:
         self._check_connected()
         try:
-            return await self._client.request(subject, data, timeout=_REQUEST_TIMEOUT_S, headers=headers)
+            asked = self._client.request(subject, data, timeout=_REQUEST_TIMEOUT_S, headers=headers)
+            return await _cancellable(asked)
         except nats.errors.Error as error:
             raise self._unreachable(error) from error
 
@@ -306,6 +309,20 @@ class Link:
 
     def _unreachable(self, why: object) -> LogUnavailableError:
         return LogUnavailableError(f"the cluster at {self._servers} does not answer: {str(why) or type(why).__name__}")
+
+
+async def _cancellable(call: Awaitable[_T]) -> _T:
+    """Await a call of the client, and end as cancelled where the task was cancelled meanwhile.
+
+    The client awaits its answers with ``asyncio.wait_for``, which before Python 3.12 forgets a cancellation that comes
+    as the answer does (gh-86296). Who waits for the cancelled task's end would wait for ever.
+    """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
+    answer = await call
+    if task is not None and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return answer
 
 
 def split_addresses(text: str) -> list[str]:
