@@ -19,6 +19,7 @@ from esperml.oona.access import (
     check_publish,
     check_runs,
     check_subscribe,
+    check_twins,
 )
 from esperml.oona.admission import TurnedAwayError
 from esperml.oona.rate import TokenBucket
@@ -85,6 +86,19 @@ def test_one_event_of_another_run_refuses_the_frame():
     assert "run 'other' is not one of those of token 'somebody' (role host, runs mine)" in refusal(
         check_runs, host, ["mine", "other", "mine"]
     )
+
+
+def test_a_twin_must_be_one_of_the_callers_runs():
+    starts = [new_event("mine", run_started=run_pb2.RunStarted(paired_run=twin)) for twin in ("", "mine-0", "other")]
+    named = oona_pb2.Publish(kind=EVENTS, first_sequence=1, events=starts)
+    assert refusal(check_twins, caller(Role.HOST, "mine*"), named).startswith(
+        "publish.events[2].run_started.paired_run: run 'other' is not one of those of token 'somebody'"
+    )
+    check_twins(caller(Role.HOST, "mine*", "other"), named)
+    check_twins(caller(Role.HOST), named)
+    ends = publish(EVENTS, "mine")
+    check_twins(caller(Role.HOST, "mine"), ends)
+    assert not ends.events[0].HasField("run_started")
 
 
 @pytest.mark.parametrize("role", [Role.HOST, Role.VIEWER])

@@ -62,6 +62,16 @@ async def until(condition) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_a_host_cannot_have_its_run_compared_with_one_of_somebody_else(serve, make_token):
+    start = began("mine")
+    start.run_started.paired_run = "other"
+    async with serve() as guarded, client(guarded, make_token("host", "mine")) as oona:
+        with pytest.raises(ForbiddenError, match=r"events\[0\]\.run_started\.paired_run: run 'other' is not one"):
+            await oona.publish(EVENTS, [start], timeout_s=20)
+        start.run_started.paired_run = "mine"
+        await oona.publish(EVENTS, [start], timeout_s=20)
+
+
 async def test_a_host_publishes_for_its_runs_and_reads_their_commands_and_nothing_else(serve, make_token):
     host, controller = make_token("host", "mine*"), make_token("controller")
     async with serve() as guarded, client(guarded, host) as oona, client(guarded, controller, "tamiyo") as tamiyo:

@@ -163,6 +163,20 @@ def check_runs(caller: Caller, run_ids: Iterable[str]) -> None:
                 raise forbidden(f"publish.events: run {run_id!r} is not one of those of {caller}")
 
 
+def check_twins(caller: Caller, publish: oona_pb2.Publish) -> None:
+    """Raise :class:`RequestRejectedError` unless every twin that a run names at its start is one of the caller's runs.
+
+    What comes of a run says something of its twin too: its rewards compare the two.
+    """
+    if caller.runs.every or publish.kind != event_pb2.KIND_EVENTS:
+        return
+    for index, event in enumerate(publish.events):
+        twin = event.run_started.paired_run
+        if twin and twin not in caller.runs:
+            field = f"publish.events[{index}].run_started.paired_run"
+            raise forbidden(f"{field}: run {twin!r} is not one of those of {caller}")
+
+
 def check_subscribe(caller: Caller, subscribe: oona_pb2.Subscribe) -> None:
     """Raise :class:`RequestRejectedError` unless ``caller`` may read what it asks for, and in the way it asks.
 

@@ -7,7 +7,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
-from esperml.oona.access import CALLER, check_publish, check_runs, check_subscribe
+from esperml.oona.access import CALLER, check_publish, check_runs, check_subscribe, check_twins
 from esperml.oona.rate import TokenBucket
 from esperml.oona.refusals import RefusalLog
 from esperml.oona.rejection import RequestRejectedError
@@ -116,6 +116,7 @@ class Admission:
         try:
             if self.caller is not None:
                 check_publish(self.caller, publish.kind)
+                check_twins(self.caller, publish)
             if self._rates is not None:
                 await self._pace(publish, self._rates)
         except RequestRejectedError as error:
