@@ -23,6 +23,10 @@ class LogUnavailableError(LogError):
     """The log cannot store now; nothing of the request was stored. Trying again later may work."""
 
 
+class LogMovedError(LogUnavailableError):
+    """Another server of the same bus has taken what the request concerns, or will: whoever comes again finds it."""
+
+
 class LogFullError(LogUnavailableError):
     """The log has reached the limit that it was given; nothing of the request was stored.
 

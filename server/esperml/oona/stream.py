@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
-from esperml.oona.log import Appended, LogDamagedError, LogError, LogUnavailableError
+from esperml.oona.log import Appended, LogDamagedError, LogError, LogMovedError, LogUnavailableError
 from esperml.oona.ranges import RangeSet
 from esperml.oona.rejection import RequestRejectedError, from_log_error, invalid
 from esperml.oona.validation import check_ack, check_client_id, check_grant
@@ -193,6 +193,9 @@ class ClientStream:
             try:
                 outcome = None if unanswered.stored is None else await unanswered.stored
                 response = unanswered.response(outcome)
+            except LogMovedError as error:
+                # Nothing is wrong: the client opens a stream where it is now, and what it did not hear of comes again.
+                raise StreamEndedError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
             except LogError as error:
                 response = self._rejected(from_log_error(error), None)
                 if isinstance(error, LogUnavailableError):

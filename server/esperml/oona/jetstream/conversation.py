@@ -11,7 +11,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from esperml.oona.jetstream.link import new_id
-from esperml.oona.log import LogUnavailableError
+from esperml.oona.log import LogMovedError
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -26,7 +26,7 @@ _LAST, _CONTINUED, _ALIVE, _GOODBYE = range(4)
 _BEATS: Final = 4
 
 
-class ConversationOverError(LogUnavailableError):
+class ConversationOverError(LogMovedError):
     """The other gateway has gone, or ended the conversation."""
 
 

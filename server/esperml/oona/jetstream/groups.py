@@ -16,7 +16,15 @@ from esperml.oona.jetstream.follower import Follower
 from esperml.oona.jetstream.link import ConflictError, Message, RefusedError, new_id
 from esperml.oona.jetstream.names import from_token, to_token
 from esperml.oona.jetstream.writer import fail
-from esperml.oona.log import DeadLetter, GroupProgress, LogDamagedError, LogError, LogFullError, LogUnavailableError
+from esperml.oona.log import (
+    DeadLetter,
+    GroupProgress,
+    LogDamagedError,
+    LogError,
+    LogFullError,
+    LogMovedError,
+    LogUnavailableError,
+)
 from esperml.oona.ranges import RangeSet
 
 if TYPE_CHECKING:
@@ -34,7 +42,7 @@ _RETRY_S: Final = 0.1
 _FULL_RETRY_S: Final = 5.0
 
 
-class GroupMovedError(LogUnavailableError):
+class GroupMovedError(LogMovedError):
     """Another gateway coordinates the group now."""
 
     def __init__(self, group: str) -> None:

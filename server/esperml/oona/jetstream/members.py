@@ -10,7 +10,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Final
 
 from esperml.oona.jetstream.conversation import Conversation, ConversationOverError
-from esperml.oona.log import LogError, LogUnavailableError
+from esperml.oona.jetstream.writer import fail
+from esperml.oona.log import LogError, LogFullError, LogMovedError, LogUnavailableError
 from esperml.oona.rejection import RequestRejectedError, from_log_error
 from esperml.v1 import oona_pb2
 
@@ -128,34 +129,39 @@ class ForwardedMember:
         """Leave the group: what was not settled goes to the others."""
         if not self._closed:
             self._closed = True
-            self._fail_acks("the member has left its group")
+            self._fail_acks(LogUnavailableError("the member has left its group"))
             self._closing(self._conversation.close())
 
     async def run(self) -> None:
         """Pass frames on until the subscription ends.
 
         Raises:
-            LogUnavailableError: the coordinator has gone; who subscribes again joins at its successor.
+            LogMovedError: the coordinator has gone; who subscribes again joins at its successor.
         """
         sender = asyncio.create_task(self._send(), name="oona-forward")
         try:
-            while True:
-                frame = await self._conversation.receive()
-                match frame[0]:
-                    case _Frame.RESPONSE:
-                        await self._emit(frame[1:])
-                    case _Frame.ACKED:
-                        self._settle(frame).set_result(_NUMBER.unpack_from(frame, 1 + _NUMBER.size)[0])
-                    case _Frame.ACK_REFUSED:
-                        problem = decode_rejected(frame[1 + _NUMBER.size :])
-                        self._settle(frame).set_exception(LogUnavailableError(problem.message))
-                    case _Frame.DONE:
-                        return
-                    case _:
-                        raise LogUnavailableError(frame[1:].decode())
+            await self._pass_on()
+        except LogMovedError as error:
+            self._fail_acks(error)
+            raise
         finally:
             sender.cancel()
-            self._fail_acks("the server that coordinates the group has gone")
+            self._fail_acks(LogUnavailableError("the member has left its group"))
+
+    async def _pass_on(self) -> None:
+        while True:
+            frame = await self._conversation.receive()
+            match frame[0]:
+                case _Frame.RESPONSE:
+                    await self._emit(frame[1:])
+                case _Frame.ACKED:
+                    self._settle(frame).set_result(_NUMBER.unpack_from(frame, 1 + _NUMBER.size)[0])
+                case _Frame.ACK_REFUSED:
+                    self._settle(frame).set_exception(_not_stored(decode_rejected(frame[1 + _NUMBER.size :])))
+                case _Frame.DONE:
+                    return
+                case _:
+                    raise LogMovedError(frame[1:].decode())
 
     async def _send(self) -> None:
         # That the conversation is over is seen where frames are awaited.
@@ -168,11 +174,9 @@ class ForwardedMember:
         future = self._acks.pop(number)
         return asyncio.get_running_loop().create_future() if future.done() else future
 
-    def _fail_acks(self, why: str) -> None:
+    def _fail_acks(self, error: LogUnavailableError) -> None:
         for future in self._acks.values():
-            if not future.done():
-                future.set_exception(LogUnavailableError(why))
-                future.exception()
+            fail(future, error)
         self._acks.clear()
 
 
@@ -216,14 +220,16 @@ async def _coordinate(conversation: Conversation, member: ServedSubscription) ->
     answering = asyncio.create_task(_answer(conversation, answers), name="oona-coordinated-answers")
     tasks = (running, listening, answering)
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            try:
-                running.result()
-            except LogError as error:
-                await conversation.send(bytes([_Frame.LOST]) + str(error).encode())
-            else:
-                await conversation.send(bytes([_Frame.DONE]))
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            for task in done:
+                task.result()
+        except ConversationOverError:
+            raise
+        except LogError as error:
+            await conversation.send(bytes([_Frame.LOST]) + str(error).encode())
+        else:
+            await conversation.send(bytes([_Frame.DONE]))
     finally:
         for task in tasks:
             task.cancel()
@@ -248,10 +254,19 @@ async def _answer(conversation: Conversation, answers: asyncio.Queue[tuple[int, 
         number, stored = await answers.get()
         try:
             answer = bytes([_Frame.ACKED]) + _NUMBER.pack(number) + _NUMBER.pack(await stored)
+        except LogMovedError:
+            raise
         except LogError as error:
             rejected = from_log_error(error).to_proto().SerializeToString()
             answer = bytes([_Frame.ACK_REFUSED]) + _NUMBER.pack(number) + rejected
         await conversation.send(answer)
+
+
+def _not_stored(refused: RequestRejectedError) -> LogUnavailableError:
+    """What the coordinator's log said, of the refusal that it became."""
+    if refused.retry_after_s is not None:
+        return LogFullError(refused.message, refused.retry_after_s)
+    return LogUnavailableError(refused.message)
 
 
 def _joined(frame: bytes) -> oona_pb2.Subscribed:

@@ -32,7 +32,15 @@ from esperml.oona.jetstream.records import (
     split,
 )
 from esperml.oona.jetstream.topic import encode_notice
-from esperml.oona.log import Appended, LogDamagedError, LogError, LogFullError, LogUnavailableError, SequenceGapError
+from esperml.oona.log import (
+    Appended,
+    LogDamagedError,
+    LogError,
+    LogFullError,
+    LogMovedError,
+    LogUnavailableError,
+    SequenceGapError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,7 +62,7 @@ _RETRY_S: Final = 0.05
 _FULL_RETRY_S: Final = 5.0
 
 
-class PublisherMovedError(LogUnavailableError):
+class PublisherMovedError(LogMovedError):
     """The publisher has opened a stream at another gateway, which stores for it now."""
 
     def __init__(self, client_id: str) -> None:
