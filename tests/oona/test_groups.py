@@ -102,7 +102,7 @@ def test_a_nacked_record_holds_back_its_run_and_no_other():
     group = group_of(one)
     route(group, 0, "abab")
     deliver(group, one)
-    group.nack(one, 0, 0.0)
+    group.nack(one, [0], 0.0)
     route(group, 4, "ab")
     # Run a comes again from the record given back; of run b only what is new.
     assert deliver(group, one) == [(0, 2), (2, 2), (4, 1), (5, 1)]
@@ -113,13 +113,13 @@ def test_a_record_given_back_waits_twice_as_long_each_time_and_its_run_behind_it
     group = group_of(one)
     route(group, 0, "aab")
     deliver(group, one)
-    group.nack(one, 0, now_s=10)
+    group.nack(one, [0], now_s=10)
     route(group, 3, "ab")
     assert deliver(group, one, now_s=10.9) == [(4, 1)]
     assert one.next_deadline_s == 11
     assert deliver(group, one, now_s=11) == [(0, 2), (1, 2), (3, 1)]
     for now_s, delay_s in ((11.0, 2), (13.0, 3), (16.0, 3)):
-        group.nack(one, 0, now_s)
+        group.nack(one, [0], now_s)
         assert deliver(group, one, now_s + delay_s - 0.1) == []
         assert offsets(deliver(group, one, now_s + delay_s)) == [0, 1, 3]
 
@@ -129,8 +129,8 @@ def test_an_earlier_record_given_back_later_delays_the_run_anew():
     group = group_of(one)
     route(group, 0, "aaa")
     deliver(group, one)
-    group.nack(one, 1, now_s=0)
-    group.nack(one, 0, now_s=0.5)
+    group.nack(one, [1], now_s=0)
+    group.nack(one, [0], now_s=0.5)
     assert deliver(group, one, now_s=1.4) == []
     assert deliver(group, one, now_s=1.5) == [(0, 2), (1, 2), (2, 2)]
 
@@ -140,7 +140,7 @@ def test_a_run_goes_on_when_the_record_it_waits_for_is_acknowledged_late():
     group = group_of(one)
     route(group, 0, "aa")
     deliver(group, one)
-    group.nack(one, 0, now_s=0)
+    group.nack(one, [0], now_s=0)
     group.ack(one, 0, 0)
     assert deliver(group, one, now_s=1) == [(1, 2)]
 
@@ -193,7 +193,7 @@ def test_what_a_member_that_leaves_had_delayed_goes_to_the_others_at_once():
     group = group_of(one, two)
     route(group, 0, "aab")
     deliver(group, one)
-    group.nack(one, 0, now_s=0)
+    group.nack(one, [0], now_s=0)
     group.leave(one)
     assert deliver(group, two, now_s=0) == [(0, 2), (1, 2), (2, 1)]
 
@@ -226,7 +226,7 @@ def test_nobody_settles_what_was_delivered_to_another():
     route(group, 0, "ab")
     deliver(group, one)
     group.ack(two, 0, 1)
-    group.nack(two, 0, 0.0)
+    group.nack(two, [0], 0.0)
     group.extend(two, 0, 100.0)
     assert group.committed == 0
     assert leased(one) == [0]
@@ -253,7 +253,7 @@ def test_what_was_purged_is_done_with_and_it_says_whether_something_was_missed()
     assert not group.skip_below(2)
     group.ack(one, 2, 2)
     assert not group.skip_below(3)
-    group.nack(one, 2, 0.0)
+    group.nack(one, [2], 0.0)
     assert group.skip_below(10)
     assert group.cursor == 10
 
@@ -273,7 +273,7 @@ def test_a_purge_of_the_record_that_a_run_waits_for_lets_the_run_go_on():
     group = group_of(one)
     route(group, 0, "aa")
     deliver(group, one)
-    group.nack(one, 0, now_s=0)
+    group.nack(one, [0], now_s=0)
     assert group.skip_below(1)
     assert deliver(group, one, now_s=0) == [(1, 2)]
 
@@ -295,11 +295,11 @@ def test_a_record_that_failed_too_often_is_given_up_and_its_run_goes_on():
     route(group, 0, "aa")
     for attempt in (1, 2, 3):
         assert deliver(group, one) == [(0, attempt), (1, attempt)]
-        group.nack(one, 0, 0.0)
+        group.nack(one, [0], 0.0)
     assert group.given_up == {0: GivenUp(frame=0, attempts=3, reason=NACKED)}
     # The one behind it came back each time, but never for its own sake.
     assert deliver(group, one) == [(1, 4)]
-    group.nack(one, 1, 0.0)
+    group.nack(one, [1], 0.0)
     assert deliver(group, one) == [(1, 5)]
     assert group.committed == 0
     group.bury(0)
@@ -336,7 +336,7 @@ def test_attempts_are_part_of_the_progress_until_the_record_is_done_with():
     group = group_of(one)
     route(group, 0, "aaab")
     deliver(group, one)
-    group.nack(one, 1, 0.0)
+    group.nack(one, [1], 0.0)
     assert group.progress.attempts == ((1, 1, 1, 1), (2, 2, 1, 0))
     restarted = Group(group.progress)
     restarted.join(two := member())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import groupby
 
 from hypothesis import settings
@@ -221,7 +222,7 @@ class GroupMachine(RuleBasedStateMachine):
         offset = data.draw(st.sampled_from(sorted(self.simple.leased)))
         member, _ = self.simple.leased[offset]
         if what == "nack":
-            self.group.nack(member, offset, self.now_s)
+            self.group.nack(member, [offset], self.now_s)
             self.simple.take_back(member, offset, self.now_s, NACKED)
         elif what == "extend":
             self.group.extend(member, offset, self.now_s)
@@ -236,7 +237,7 @@ class GroupMachine(RuleBasedStateMachine):
         member = data.draw(st.sampled_from(self.simple.members))
         offset = data.draw(st.integers(0, len(self.runs)))
         if offset not in self.simple.held(member):
-            self.group.nack(member, offset, self.now_s)
+            self.group.nack(member, [offset], self.now_s)
             self.group.extend(member, offset, self.now_s)
 
     @rule(passed_s=st.sampled_from([0.0, 0.5, 1.0, 3.0]))
@@ -303,14 +304,14 @@ class GroupMachine(RuleBasedStateMachine):
 
     def waiting(self, member: Member) -> list[tuple[int, int]]:
         """What a member would get if it had credit for everything, found out without delivering it."""
-        before, leases = list(member.waiting), member.leases
-        member.leases = type(leases)()
+        backlog, leases = member.backlog, member.leases
+        member.backlog, member.leases = deepcopy(backlog), type(leases)()
         waiting = []
         while (following := self.group.peek(member)) is not None:
             span, attempt = following
             waiting += [(offset, attempt) for offset in range(span.first, span.last + 1)]
             self.group.lease(member, span.last, self.now_s)
-        member.waiting, member.leases = before, leases
+        member.backlog, member.leases = backlog, leases
         return waiting
 
 

@@ -12,11 +12,11 @@ Everything is done by spans, runs of consecutive records of one run in one frame
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from esperml.oona.attempts import Attempts
+from esperml.oona.backlog import Backlog
 from esperml.oona.leases import Leases, Span
 from esperml.oona.log import GroupProgress
 from esperml.v1 import oona_pb2
@@ -62,21 +62,6 @@ class GivenUp(NamedTuple):
     reason: oona_pb2.DeadLetterReason.ValueType
 
 
-@dataclass(slots=True)
-class _Delayed:
-    """A run that waits behind a record that came back.
-
-    Attributes:
-        until_s: when it goes on, on the caller's clock.
-        head: offset of the record.
-        spans: what waits of the run, the record included.
-    """
-
-    until_s: float
-    head: int
-    spans: list[Span]
-
-
 @dataclass(slots=True, eq=False)
 class Member:
     """One member of a group.
@@ -86,8 +71,7 @@ class Member:
         redelivery: what becomes of records that come back from it.
         name: what it is called, also when it comes again. Empty: nothing.
         runs: the runs that it holds.
-        waiting: a heap of what is to be delivered to it.
-        delayed: what is to be delivered to it later, by run.
+        backlog: what is to be delivered to it.
         leases: what was delivered to it.
     """
 
@@ -95,21 +79,14 @@ class Member:
     redelivery: Redelivery
     name: str = ""
     runs: set[str] = field(default_factory=set)
-    waiting: list[Span] = field(default_factory=list)
-    delayed: dict[str, _Delayed] = field(default_factory=dict)
+    backlog: Backlog = field(default_factory=Backlog)
     leases: Leases = field(default_factory=Leases)
 
     @property
     def next_deadline_s(self) -> float | None:
         """When the first of its leases runs out or of its delays ends, on the caller's clock."""
-        times = [delayed.until_s for delayed in self.delayed.values()]
-        if (deadline_s := self.leases.next_deadline_s) is not None:
-            times.append(deadline_s)
-        return min(times, default=None)
-
-    def outstanding(self) -> list[Span]:
-        """Everything that waits for it."""
-        return self.waiting + [span for delayed in self.delayed.values() for span in delayed.spans]
+        times = (self.backlog.next_resume_s, self.leases.next_deadline_s)
+        return min((time_s for time_s in times if time_s is not None), default=None)
 
 
 class Group:
@@ -148,10 +125,7 @@ class Group:
     @property
     def waiting(self) -> int:
         """Spans that were routed and not delivered, over all members."""
-        return sum(
-            len(member.waiting) + sum(len(delayed.spans) for delayed in member.delayed.values())
-            for member in self.members
-        )
+        return sum(len(member.backlog) for member in self.members)
 
     def move(self, progress: GroupProgress) -> None:
         """Go on elsewhere: what was under way is forgotten."""
@@ -188,7 +162,7 @@ class Group:
             # The next member reads them from the log again.
             self._restart()
             return
-        undone = (self._trimmed(span) for span in leased + member.outstanding())
+        undone = (self._trimmed(span) for span in (*leased, *member.backlog))
         for span in sorted(span for span in undone if span is not None):
             self._enqueue(span)
 
@@ -220,26 +194,24 @@ class Group:
         Returns whether there was something to take back.
         """
         expired = member.leases.expired(now_s)
-        for span in expired:
-            if member.leases.at(span.first) is not None:  # It may have gone back with an earlier one of its run.
-                self._take_back(member, span, span.first, now_s, oona_pb2.DEAD_LETTER_REASON_EXPIRED)
-        if member.delayed:
-            for run_id in [run_id for run_id, delayed in member.delayed.items() if delayed.until_s <= now_s]:
-                self._resume(member, run_id)
+        self._take_back(member, ((span, span.first) for span in expired), now_s, oona_pb2.DEAD_LETTER_REASON_EXPIRED)
+        delays = member.backlog.delays
+        for run_id in [run_id for run_id, delay in delays.items() if delay.until_s <= now_s]:
+            member.backlog.resume(run_id)
         return bool(expired)
 
     def peek(self, member: Member) -> tuple[Span, int] | None:
         """The next records for a member, delivered equally often so far, and how often they will have been then."""
-        while member.waiting:
-            span = member.waiting[0]
+        backlog = member.backlog
+        while (span := backlog.first()) is not None:
             undone = self._undone(span.first, span.last)
             if undone is None:
-                heappop(member.waiting)  # Acknowledged after it had come back.
+                backlog.take_first(span.last)  # Acknowledged after it had come back.
                 continue
             first, last = undone
             if first > span.first:
                 span = span._replace(first=first)
-                heapreplace(member.waiting, span)
+                backlog.take_first(first - 1)
             attempt = 1
             if self._attempts:
                 last, deliveries = self._attempts.uniform_end(first, last)
@@ -249,10 +221,7 @@ class Group:
 
     def lease(self, member: Member, last: int, now_s: float) -> None:
         """Count what :meth:`peek` gave, up to offset ``last``, as delivered."""
-        span = heappop(member.waiting)
-        if last < span.last:
-            heappush(member.waiting, span._replace(first=last + 1))
-            span = span._replace(last=last)
+        span = member.backlog.take_first(last)
         member.leases.add(span, now_s + member.ack_deadline_s)
 
     def ack(self, member: Member, first: int, last: int) -> None:
@@ -262,19 +231,22 @@ class Group:
         if not self._attempts:
             return
         # Some came back: those that wait for this member count, those that wait for another do not.
-        for tried in self._attempts.within(first, last):
-            for span in member.outstanding():
-                if span.first <= tried.last and tried.first <= span.last:
-                    self._finish(max(span.first, tried.first), min(span.last, tried.last))
-        for run_id in [
-            run_id for run_id, delayed in member.delayed.items() if self._undone(delayed.head, delayed.head) is None
-        ]:
-            self._resume(member, run_id)
+        if self._attempts.within(first, last):
+            for span in member.backlog.overlapping(first, last):
+                for tried in self._attempts.within(max(span.first, first), min(span.last, last)):
+                    self._finish(tried.first, tried.last)
+        delays = member.backlog.delays
+        for run_id in [run for run, delay in delays.items() if self._undone(delay.head, delay.head) is None]:
+            member.backlog.resume(run_id)
 
-    def nack(self, member: Member, offset: int, now_s: float) -> None:
-        """Take a record back, with the later ones of its run, to be delivered again. Ignored where it is not leased."""
-        if (span := member.leases.at(offset)) is not None:
-            self._take_back(member, span, offset, now_s, oona_pb2.DEAD_LETTER_REASON_NACKED)
+    def nack(self, member: Member, offsets: Iterable[int], now_s: float) -> None:
+        """Take records back, with the later ones of their runs, to be delivered again.
+
+        Those that are not leased are ignored, and those behind another one of their run.
+        """
+        leased = ((member.leases.at(offset), offset) for offset in sorted(offsets))
+        back = ((span, offset) for span, offset in leased if span is not None)
+        self._take_back(member, back, now_s, oona_pb2.DEAD_LETTER_REASON_NACKED)
 
     def extend(self, member: Member, offset: int, now_s: float) -> None:
         """Start the deadline of a record anew. Ignored where it is not leased."""
@@ -293,7 +265,7 @@ class Group:
         unread = self.cursor < floor or any(
             span.first < floor and self._undone(span.first, min(span.last, floor - 1)) is not None
             for member in self.members
-            for span in member.outstanding()
+            for span in member.backlog
         )
         self._finish(self._committed, floor - 1)
         self._attempts.remove(0, floor - 1)
@@ -302,12 +274,7 @@ class Group:
             del self.given_up[offset]
         for member in self.members:
             member.leases.take(0, floor - 1)
-            member.waiting = _from(floor, member.waiting)
-            heapify(member.waiting)
-            for run_id, delayed in list(member.delayed.items()):
-                delayed.spans = _from(floor, delayed.spans)
-                if delayed.head < floor:
-                    self._resume(member, run_id)
+            member.backlog.skip_below(floor)
         return unread
 
     def _restart(self) -> None:
@@ -316,8 +283,7 @@ class Group:
         self.given_up.clear()
         for member in self.members:
             member.runs.clear()
-            member.waiting.clear()
-            member.delayed.clear()
+            member.backlog.clear()
             member.leases.take_all()
 
     def _owner(self, run_id: str) -> Member:
@@ -336,7 +302,7 @@ class Group:
 
     def _forget_idle_runs(self) -> None:
         """Forget the owners of runs of which nothing is under way, those that went on longest ago first."""
-        busy = {span.run_id for member in self.members for span in (*member.outstanding(), *member.leases)}
+        busy = {span.run_id for member in self.members for span in (*member.backlog, *member.leases)}
         for run_id in list(self._owners)[: len(self._owners) - _MAX_IDLE_RUNS]:
             if run_id not in busy:
                 self._owners.pop(run_id).runs.discard(run_id)
@@ -354,56 +320,46 @@ class Group:
                         reason = oona_pb2.DEAD_LETTER_REASON_MEMBER_LEFT
                         self.given_up[offset] = GivenUp(span.frame, tried.deliveries, reason)
                 if span.first < tried.first:
-                    self._wait(owner, span._replace(last=tried.first - 1))
+                    owner.backlog.append(span._replace(last=tried.first - 1))
                 if span.last == tried.last:
                     return
                 span = span._replace(first=tried.last + 1)
-        self._wait(owner, span)
-
-    @staticmethod
-    def _wait(member: Member, span: Span) -> None:
-        if member.delayed and (delayed := member.delayed.get(span.run_id)) is not None:
-            delayed.spans.append(span)
-        else:
-            heappush(member.waiting, span)
-
-    @staticmethod
-    def _resume(member: Member, run_id: str) -> None:
-        for span in member.delayed.pop(run_id).spans:
-            heappush(member.waiting, span)
+        owner.backlog.append(span)
 
     def _take_back(
         self,
         member: Member,
-        span: Span,
-        offset: int,
+        failed: Iterable[tuple[Span, int]],
         now_s: float,
         reason: oona_pb2.DeadLetterReason.ValueType,
     ) -> None:
-        """Take a leased record back for its own sake, and the later ones of its run for its."""
-        run_id = span.run_id
-        back = member.leases.take_run(run_id, offset)
-        for item in back:
-            self._attempts.add(item.first, item.last, deliveries=1, failures=0)
-        self._attempts.add(offset, offset, deliveries=0, failures=1)
-        tried = self._attempts.at(offset)
-        if tried.failures >= member.redelivery.max_attempts:
-            self.given_up[offset] = GivenUp(span.frame, tried.deliveries, reason)
-            if back[0].last == offset:
-                del back[0]
-            else:
-                back[0] = back[0]._replace(first=offset + 1)
+        """Take leased records back for their own sake, and the later ones of their runs for theirs.
+
+        Args:
+            member: who has them.
+            failed: the records, ascending, each with the span that holds it. Of a run, the first counts.
+            now_s: the time, on the caller's clock.
+            reason: why.
+        """
+        heads: dict[str, tuple[Span, int]] = {}
+        for span, offset in failed:
+            heads.setdefault(span.run_id, (span, offset))
+        taken = member.leases.take_runs({run_id: offset for run_id, (_, offset) in heads.items()})
+        for run_id, (span, offset) in heads.items():
+            back = taken[run_id]
             for item in back:
-                self._wait(member, item)
-            return
-        spans = back
-        if (delayed := member.delayed.get(run_id)) is not None:
-            spans += delayed.spans
-        elif any(waiting.run_id == run_id for waiting in member.waiting):
-            spans += [waiting for waiting in member.waiting if waiting.run_id == run_id]
-            member.waiting = [waiting for waiting in member.waiting if waiting.run_id != run_id]
-            heapify(member.waiting)
-        member.delayed[run_id] = _Delayed(now_s + member.redelivery.delay_s(tried.failures), offset, spans)
+                self._attempts.add(item.first, item.last, deliveries=1, failures=0)
+            self._attempts.add(offset, offset, deliveries=0, failures=1)
+            tried = self._attempts.at(offset)
+            if tried.failures >= member.redelivery.max_attempts:
+                self.given_up[offset] = GivenUp(span.frame, tried.deliveries, reason)
+                if back[0].last == offset:
+                    del back[0]
+                else:
+                    back[0] = back[0]._replace(first=offset + 1)
+            else:
+                member.backlog.delay(run_id, now_s + member.redelivery.delay_s(tried.failures), offset)
+            member.backlog.prepend(run_id, back)
 
     def _finish(self, first: int, last: int) -> None:
         self._done.add(first, last)
@@ -423,8 +379,3 @@ class Group:
         if first > last:
             return None
         return self._done.first_gap(first, last) if self._done else (first, last)
-
-
-def _from(floor: int, spans: list[Span]) -> list[Span]:
-    """What of some spans lies at or above an offset."""
-    return [span if span.first >= floor else span._replace(first=floor) for span in spans if span.last >= floor]

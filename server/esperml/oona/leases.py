@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 # Deadlines of what was settled that may stay before they are swept out.
 _STALE_DEADLINES: Final = 64
@@ -94,12 +94,24 @@ class Leases:
         self._firsts[start:stop] = [lease.span.first for lease in kept]
         return taken
 
-    def take_run(self, run_id: str, first: int) -> list[Span]:
-        """Take out what is leased of a run from offset ``first`` on, ascending."""
-        start = max(bisect_right(self._firsts, first) - 1, 0)
-        spans = (lease.span for lease in self._leases[start:])
-        of_run = [span for span in spans if span.run_id == run_id and span.last >= first]
-        return [taken for span in of_run for taken in self.take(max(span.first, first), span.last)]
+    def take_runs(self, firsts: Mapping[str, int]) -> dict[str, list[Span]]:
+        """Take out what is leased of some runs, of each from an offset on. Returns it by run, ascending."""
+        taken: dict[str, list[Span]] = {run_id: [] for run_id in firsts}
+        if not taken:
+            return taken
+        kept = []
+        for lease in self._leases:
+            span, first = lease.span, firsts.get(lease.span.run_id)
+            if first is None or span.last < first:
+                kept.append(lease)
+                continue
+            if span.first < first:
+                kept.append(Lease(span._replace(last=first - 1), lease.deadline_s))
+                span = span._replace(first=first)
+            taken[span.run_id].append(span)
+        self._leases = kept
+        self._firsts = [lease.span.first for lease in kept]
+        return taken
 
     def take_all(self) -> list[Span]:
         """Take out everything, ascending."""

@@ -211,9 +211,7 @@ class MemberReader(Subscription):
             state.ack(member, settled.first, settled.last)
         for offset in ack.extended:
             state.extend(member, offset, now_s)
-        # The lowest of a run takes the others back with it.
-        for offset in sorted(ack.nacked):
-            state.nack(member, offset, now_s)
+        state.nack(member, ack.nacked, now_s)
         if letters.replays:
             for settled in ack.acked:
                 for offset in letters.replays.ack(member, settled.first, settled.last):
@@ -234,7 +232,7 @@ class MemberReader(Subscription):
 
     def _has_caught_up(self) -> bool:
         state, member = self._group.state, self._member
-        return state.cursor >= self._topic.bounds.next and not member.delayed and state.peek(member) is None
+        return state.cursor >= self._topic.bounds.next and not member.backlog.delays and state.peek(member) is None
 
     def _wakes_at_s(self) -> float | None:
         times = (self._member.next_deadline_s, self._group.letters.replays.next_deadline_s(self._member))
