@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import sqlite3
 
 import grpc
 import pytest
@@ -299,3 +301,56 @@ async def test_letters_that_cannot_be_stored_now_are_stored_with_the_next(bus, o
         bus.execute("DROP TRIGGER refuse")
         assert [letter.replaying for letter in await letters(calls, 1)] == [False]
         assert (await (await calls()).ReplayDeadLetters(every)).count == 1
+
+
+@contextlib.contextmanager
+def stored_by_nobody(bus):
+    """Have nobody store anything in the bus's log meanwhile."""
+    with contextlib.closing(sqlite3.connect(bus.path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+async def cancelled_while_it_is_stored(bus, call) -> None:
+    """Call, and cancel that as soon as the log is asked to store what it changes."""
+
+    def handlers() -> int:
+        return sum("_handle_rpc" in repr(task) for task in asyncio.all_tasks())
+
+    before = handlers()
+    group = bus.broker._groups[EVENTS, "g"]
+    with stored_by_nobody(bus):
+        pending = call()
+        while not group.letters.unsaved:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        pending.cancel()
+        while handlers() > before:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def test_a_replay_whose_caller_is_gone_is_known_as_it_is_stored(bus, open_stream, store, calls):
+    async with open_stream(bus.target) as stream:
+        await store("a")
+        await joined(stream, max_attempts=1)
+        await fail(stream, 0, attempts=1)
+        await letters(calls, 1)
+        stub = await calls()
+        every = oona_pb2.ReplayDeadLettersRequest(kind=EVENTS, group="g")
+        await cancelled_while_it_is_stored(bus, lambda: stub.ReplayDeadLetters(every))
+        assert (await record_at(stream, 0)).event.run_ended.error == "0"
+        assert [letter.replaying for letter in await letters(calls, 1)] == [True]
+
+
+async def test_a_purge_whose_caller_is_gone_is_known_as_it_is_stored(bus, open_stream, store, calls):
+    async with open_stream(bus.target) as stream:
+        await store("a")
+        await joined(stream, max_attempts=1)
+        await fail(stream, 0, attempts=1)
+        await letters(calls, 1)
+        stub = await calls()
+        every = oona_pb2.PurgeDeadLettersRequest(kind=EVENTS, group="g")
+        await cancelled_while_it_is_stored(bus, lambda: stub.PurgeDeadLetters(every))
+        await letters(calls, 0)
+        assert (await stub.PurgeDeadLetters(every)).count == 0
+        assert bus.broker.groups(EVENTS)[0].dead_letters == 0

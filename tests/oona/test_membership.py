@@ -10,6 +10,8 @@ import grpc
 import pytest
 
 from esperml.oona.admission import Admission, Doors
+from esperml.oona.log import GroupProgress
+from esperml.oona.ranges import RangeSet
 from esperml.oona.rejection import RequestRejectedError
 from esperml.oona.stream import ClientStream, StreamEndedError
 from esperml.v1 import event_pb2, oona_pb2
@@ -91,6 +93,15 @@ async def test_a_group_that_is_moved_to_what_is_being_purged_starts_at_the_floor
     )
     assert member.start_offset == 2
     assert bus.broker.groups(EVENTS)[0].committed_offset == 2
+
+
+async def test_a_group_that_is_done_with_more_than_is_known_to_be_stored_has_no_lag(bus, store):
+    await store(3)
+    await bus.log.save_group(EVENTS, "ahead", GroupProgress(5, RangeSet()))
+    await bus.stop()
+    await bus.start()
+    [group] = bus.broker.groups(EVENTS)
+    assert (group.committed_offset, group.lag) == (5, 0)
 
 
 async def test_credit_for_a_replay_that_has_just_ended_is_taken_without_a_word(bus, open_stream, store):

@@ -170,7 +170,8 @@ class Broker:
             oona_pb2.Group(
                 name=name,
                 committed_offset=group.state.committed,
-                lag=end - group.state.committed,
+                # Where others store as well, they may be done with more than is known here to be stored.
+                lag=max(end - group.state.committed, 0),
                 members=len(group.state.members),
                 dead_letters=len(group.letters),
             )
@@ -214,13 +215,11 @@ class Broker:
         Raises:
             RequestRejectedError: no such kind or group, or the log cannot store now.
         """
-        shared = self._group(kind, group)
+        letters = self._group(kind, group).letters
         try:
-            return await shared.letters.replay(offsets)
+            return await letters.replay(offsets)
         except LogError as error:
             raise from_log_error(error) from error
-        finally:
-            shared.wake()
 
     async def purge_dead_letters(self, kind: event_pb2.Kind.ValueType, group: str, offsets: Collection[int]) -> int:
         """Delete dead letters (none named: all) of a group. Returns how many.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from esperml.oona.replays import Replays
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 
     from esperml.oona.log import DeadLetter, Log
 
@@ -27,20 +27,30 @@ class Letters:
         group: the group's name.
         log: where they are kept.
         save: stores the group's progress together with :attr:`unsaved`.
+        wake: lets the members look for what they are to be delivered.
 
     Attributes:
         replays: those that were given back to the group.
         unsaved: what is to be stored with the group's progress next, by offset; None: to be deleted.
     """
 
-    def __init__(self, kind: int, group: str, log: Log, save: Callable[[], asyncio.Future[None]]) -> None:
+    def __init__(
+        self,
+        kind: int,
+        group: str,
+        log: Log,
+        save: Callable[[], asyncio.Future[None]],
+        wake: Callable[[], None],
+    ) -> None:
         self.replays = Replays()
         self.unsaved: dict[int, DeadLetter | None] = {}
         self._kind = kind
         self._group = group
         self._log = log
         self._save = save
+        self._wake = wake
         self._changing = asyncio.Lock()
+        self._changes: set[asyncio.Task[int]] = set()
         self._offsets: dict[int, None] = {}
         for offset, replaying in log.letters().get((kind, group), {}).items():
             self._offsets[offset] = None
@@ -112,10 +122,34 @@ class Letters:
     async def replay(self, offsets: Collection[int]) -> int:
         """Give letters (none named: all) back to the group. Returns how many; those that are being replayed not.
 
+        It is carried out even where the caller is cancelled.
+
         Raises:
             LogDamagedError: what is stored cannot be read.
             LogUnavailableError: the log cannot be asked now; some may have been given back.
         """
+        return await self._whole(self._replay(offsets))
+
+    async def purge(self, offsets: Collection[int]) -> int:
+        """Delete letters (none named: all), also those that are being replayed. Returns how many.
+
+        It is carried out even where the caller is cancelled.
+
+        Raises:
+            LogUnavailableError: the log cannot store now; some may have been deleted.
+        """
+        return await self._whole(self._purge(offsets))
+
+    async def _whole(self, change: Coroutine[None, None, int]) -> int:
+        """Await a change of what is stored and of what is known of it, which are not to part if nobody waits on."""
+        task = asyncio.create_task(change, name="oona-letters")
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        # Whoever asked may be gone; that is no error nobody handled.
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(task)
+
+    async def _replay(self, offsets: Collection[int]) -> int:
         count = 0
         async with self._changing:
             for chosen in self._chosen(offsets):
@@ -131,15 +165,11 @@ class Letters:
                 for offset in changed:
                     if offset in self._offsets:
                         self.replays.add(offset)
+                self._wake()
                 count += len(changed)
         return count
 
-    async def purge(self, offsets: Collection[int]) -> int:
-        """Delete letters (none named: all), also those that are being replayed. Returns how many.
-
-        Raises:
-            LogUnavailableError: the log cannot store now; some may have been deleted.
-        """
+    async def _purge(self, offsets: Collection[int]) -> int:
         count = 0
         async with self._changing:
             for chosen in self._chosen(offsets):

@@ -48,7 +48,7 @@ class SharedGroup:
         self.name = name
         self.state = Group(progress)
         self.state.skip_below(topic.bounds.earliest)
-        self.letters = Letters(topic.kind, name, log, self.save)
+        self.letters = Letters(topic.kind, name, log, self.save, self.wake)
         self.run_ids: frozenset[str] = frozenset()
         self._topic = topic
         self._log = log
