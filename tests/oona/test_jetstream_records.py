@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 
 import pytest
@@ -120,3 +122,34 @@ def test_states_and_dead_letters_come_back():
 def test_errors_show_addresses_without_passwords():
     servers = ["nats://ann:secret@one:4222", "tls://two:4222", "token@three"]
     assert without_passwords(servers) == "nats://one:4222, tls://two:4222, three"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+STATE = json.loads(StateRecord(TopicState(10, 900, 5, 2, 100), "b", PublisherState(3, "g")).encode())
+LETTER = json.loads(encode_letter(DeadLetter(3, 4, b"\x00\xff", 2, 5, oona_pb2.DEAD_LETTER_REASON_NACKED)))
+NOTICE = {"base": 1, "last": 2, "states": [["x", "{}"]]}
+
+
+@given(JSON, st.sampled_from(sorted(STATE)), JSON)
+def test_whatever_json_a_stranger_writes_is_taken_for_what_it_is_or_refused(body, field, value):
+    def refused_or(decode, body, error):
+        with contextlib.suppress(error):
+            return decode(json.dumps(body).encode())
+        return None
+
+    for state in (body, STATE | {field: value}):
+        record = refused_or(lambda data: StateRecord.decode("x", data), state, LogDamagedError)
+        if record is not None:
+            assert StateRecord.decode("x", record.encode()) == record
+    for letter in (body, LETTER | {sorted(LETTER)[len(field) % len(LETTER)]: value}):
+        found = refused_or(lambda data: decode_letter("x", data), letter, LogDamagedError)
+        if found is not None:
+            assert isinstance(found.offset, int)
+    for notice in (body, NOTICE | {"states": value}, NOTICE | {"base": value}):
+        told = refused_or(decode_notice, notice, ValueError)
+        if told is not None:
+            assert isinstance(told[0], int)

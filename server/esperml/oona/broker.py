@@ -69,6 +69,11 @@ class Broker:
         """What a confirmed event survives: ``fsync`` means loss of power."""
         return self._log.durability
 
+    @property
+    def problem(self) -> str:
+        """What keeps the bus from its work now, beside what requests are told, in words; empty where nothing does."""
+        return ""
+
     def on_publisher_moved(self, moved: Callable[[str], None]) -> None:
         """Have ``moved(client_id)`` called when a publisher has gone to another server of the same bus.
 

@@ -116,7 +116,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
         def tamiyo_problem() -> str:
             return "" if loop.is_running else "Tamiyo has stopped; the log says why"
 
-        problems = (lambda: doors.storage_problem, tamiyo_problem, tamiyo_problem)
+        problems = (lambda: doors.storage_problem or broker.problem, tamiyo_problem, tamiyo_problem)
         await stack.enter_async_context(
             serving_metrics(settings.server, [lambda: bus_metrics(broker, doors), loop.work.metrics])
         )

@@ -16,6 +16,7 @@ from esperml.oona.jetstream.coordination import Coordination
 from esperml.oona.jetstream.groups import GroupMovedError, GroupRecord
 from esperml.oona.jetstream.log import JetStreamLog
 from esperml.oona.jetstream.members import ForwardedMember, decode_opening, serve_member
+from esperml.oona.jetstream.tasks import Tasks, say_if_failed
 from esperml.oona.log import LogUnavailableError
 from esperml.oona.members import MemberReader, SharedGroup
 from esperml.oona.rejection import from_log_error
@@ -91,6 +92,7 @@ class ClusterBroker(Broker):
         self._gatherings: dict[GroupKey, _Gathering] = {}
         self._members_here: dict[GroupKey, weakref.WeakSet[MemberReader]] = {}
         self._saved_owners: dict[GroupKey, dict[str, str]] = {}
+        self._kept = Tasks()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
@@ -99,16 +101,22 @@ class ClusterBroker(Broker):
         await self._link.subscribe(f"{self._alive_root}.*", self._coordination.heard)
         await self._link.subscribe(f"{self._members_root}.{self._gateway}", self._on_member)
         await self._link.subscribe(f"{self._calls_root}.{self._gateway}", self._on_call)
-        self._spawn(self._coordination.run())
-        self._spawn(self._note_owners())
+        self._kept.keep("oona-heartbeat", self._coordination.run)
+        self._kept.keep("oona-owners", self._note_owners)
         try:
             yield
         finally:
             await self._coordination.say_goodbye()
             self._let_all_go()
+            await self._kept.close()
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def problem(self) -> str:
+        """What keeps this gateway from its work now, in words; empty where nothing does."""
+        return "; ".join(filter(None, (self._cluster_log.problem, self._kept.problem)))
 
     def on_publisher_moved(self, moved: Callable[[str], None]) -> None:
         """Have ``moved(client_id)`` called when a publisher has gone to another gateway."""
@@ -286,6 +294,7 @@ class ClusterBroker(Broker):
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(say_if_failed)
 
 
 @contextlib.asynccontextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from esperml.oona.jetstream.follower import Follower
 from esperml.oona.jetstream.link import ConflictError, Message, RefusedError, new_id
 from esperml.oona.jetstream.names import from_token, to_token
+from esperml.oona.jetstream.tasks import say_if_failed
 from esperml.oona.jetstream.writer import fail
 from esperml.oona.log import (
     DeadLetter,
@@ -125,7 +126,9 @@ class GroupStore:
             waiting.letters.update(letters)
             waiting.futures.append(future)
         if key not in self._savers:
-            self._savers[key] = asyncio.create_task(self._save(key), name=f"oona-group-{key[1]}")
+            saver = asyncio.create_task(self._save(key), name=f"oona-group-{key[1]}")
+            saver.add_done_callback(say_if_failed)
+            self._savers[key] = saver
         return future
 
     async def claim(self, key: GroupKey) -> bool:
@@ -181,6 +184,10 @@ class GroupStore:
                     for future in saving.futures:
                         if not future.done():
                             future.set_result(None)
+                finally:
+                    # Where neither happened, the log says what did.
+                    for future in saving.futures:
+                        fail(future, LogUnavailableError(f"the progress of group {key[1]!r} was not saved"))
         finally:
             del self._savers[key]
 
@@ -252,28 +259,26 @@ class GroupStore:
     def _apply(self, sequence: int, subject: str, data: bytes) -> None:
         if not subject.startswith(self._prefix):
             return  # A gateway lives.
-        kind, token, what, *rest = subject.removeprefix(self._prefix).split(".")
-        key = (int(kind), from_token(token))
-        record = self.records.setdefault(key, GroupRecord())
-        if what == "letter":
-            _note_letter(record, int(rest[0]), decode_letter(subject, data).replaying if data else None)
-            return
-        if what == "owners":
-            record.owners = json.loads(data)
-            return
-        if sequence <= record.sequence:
-            return  # Our own, noted when it was saved.
+        try:
+            kind, token, what, *rest = subject.removeprefix(self._prefix).split(".")
+            record = self.records.setdefault(key := (int(kind), from_token(token)), GroupRecord())
+        except ValueError as error:
+            raise LogDamagedError(f"{subject} is no subject of a bus") from error
         before = record.gateway
         try:
-            body = json.loads(data)
-            if "committed" in body:
-                record.progress = GroupProgress(
-                    body["committed"], RangeSet(map(tuple, body["done"])), tuple(map(tuple, body["attempts"]))
-                )
-            record.gateway, record.save_id = body["gateway"], body["save"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise LogDamagedError(f"the progress on {subject} was not written by a bus") from error
-        record.sequence = sequence
+            if what == "letter":
+                _note_letter(record, int(rest[0]), decode_letter(subject, data).replaying if data else None)
+            elif what == "owners":
+                record.owners = {str(run_id): str(member) for run_id, member in json.loads(data).items()}
+            elif sequence > record.sequence:  # Our own were noted when they were saved.
+                # Whatever it says: the next save takes its place.
+                record.sequence = sequence
+                body = json.loads(data)
+                progress = _decode_progress(body)
+                record.gateway, record.save_id = str(body["gateway"]), str(body["save"])
+                record.progress = record.progress if progress is None else progress
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise LogDamagedError(f"what is on {subject} was not written by a bus") from error
         if before == self._gateway != record.gateway:
             self.lost(key)
 
@@ -302,6 +307,18 @@ def _encode_progress(progress: GroupProgress | None, gateway: str, save_id: str)
     return json.dumps(body, separators=(",", ":")).encode()
 
 
+def _decode_progress(body: Mapping[str, Any]) -> GroupProgress | None:
+    """What a group has done, of its JSON; None where it says nothing of that."""
+    if "committed" not in body:
+        return None
+    attempts = (
+        (int(first), int(last), int(deliveries), int(failures))
+        for first, last, deliveries, failures in body["attempts"]
+    )
+    done = RangeSet((int(first), int(last)) for first, last in body["done"])
+    return GroupProgress(int(body["committed"]), done, tuple(attempts))
+
+
 def encode_letter(letter: DeadLetter) -> bytes:
     """A dead letter as JSON."""
     body = {
@@ -320,7 +337,8 @@ def decode_letter(subject: str, data: bytes) -> DeadLetter:
     """A dead letter of its JSON. Raises :class:`LogDamagedError` where it is none."""
     try:
         body: dict[str, Any] = json.loads(data)
-        body["event"] = base64.b64decode(body["event"])
+        body["event"] = base64.b64decode(body["event"], validate=True)
+        body |= {name: int(body[name]) for name in ("offset", "append_time_ns", "attempts", "time_ns", "reason")}
         return DeadLetter(**body)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise LogDamagedError(f"the dead letter on {subject} was not written by a bus") from error

@@ -53,11 +53,13 @@ class RefusedError(LogUnavailableError):
 
     Attributes:
         code: JetStream's number for why; 0 where it gave none.
+        description: why, in its words.
         full: whether it lacks room, so that trying again at once is of no use.
     """
 
     def __init__(self, code: int, description: str) -> None:
         super().__init__(f"the cluster refuses: {description}")
+        self.description = description
         self.code = code
         self.full = code in _FULL
 
@@ -259,7 +261,7 @@ class Link:
                     headers = message.headers or {}
                     if "Nats-Sequence" not in headers:
                         if headers.get("Status") == "503":
-                            raise self._unreachable("no server holds the stream now")
+                            raise self._unreachable(f"no server holds stream {stream} now")
                         return found
                     found.append(Stored(int(headers["Nats-Sequence"]), headers["Nats-Subject"], message.data, headers))
             finally:
@@ -284,7 +286,10 @@ class Link:
 
     async def last_sequence(self, stream: str) -> int:
         """The stream's last sequence, of its leader. Raises as :meth:`api` does."""
-        info = await self.api(f"STREAM.INFO.{stream}", {})
+        try:
+            info = await self.api(f"STREAM.INFO.{stream}", {})
+        except RefusedError as error:
+            raise RefusedError(error.code, f"{stream}: {error.description}") from error
         sequence: int = info["state"]["last_seq"]
         return sequence
 
@@ -356,7 +361,10 @@ def _tls(settings: JetStreamSettings) -> Any:
 
 
 async def _on_error(error: Exception) -> None:
-    _log.debug("nats_error", error=repr(error))
+    if isinstance(error, nats.errors.Error | OSError | TimeoutError):
+        _log.debug("nats_error", error=repr(error))
+    else:
+        _log.error("message_not_taken", exc_info=error)  # Of what we do with messages that come.
 
 
 async def _on_reconnected() -> None:

@@ -11,6 +11,7 @@ import random
 import time
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import structlog
@@ -21,6 +22,7 @@ from esperml.oona.jetstream.link import Link, new_id
 from esperml.oona.jetstream.names import TopicNames
 from esperml.oona.jetstream.records import split
 from esperml.oona.jetstream.streams import create_streams, declare_durability
+from esperml.oona.jetstream.tasks import Tasks
 from esperml.oona.jetstream.topic import TopicStream, decode_notice
 from esperml.oona.jetstream.writer import PublisherMovedError, Request, TopicWriter, fail
 from esperml.oona.log import NO_LETTERS, LogDamagedError, LogFullError, LogUnavailableError, TopicBounds
@@ -42,6 +44,10 @@ _T = TypeVar("_T")
 
 # How often to look whether something was stored that nobody told this gateway of.
 _LOOK_INTERVAL_S: Final = 1.0
+# One look in so many asks the leader, who knows whether the stream still ends where it did.
+_LEADER_LOOKS: Final = 5
+# Looks in a row that may find no cluster before that is trouble: it may be choosing a leader.
+_TOLERATED_LOOKS: Final = 3
 # How often to look whether something is too old or too much.
 _RETENTION_INTERVAL_S: Final = 10.0
 _FULL_RETRY_S: Final = 5.0
@@ -85,7 +91,7 @@ class JetStreamLog:
         self._acquiring: dict[str, dict[int, str]] = {}
         # The last request of each publisher that is not done, and its kind.
         self._under_way: dict[str, tuple[int, asyncio.Future[object]]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = Tasks()
         self._closed = False
 
     @classmethod
@@ -111,9 +117,10 @@ class JetStreamLog:
         for kind, stream in self._streams.items():
             await self.link.subscribe(stream.names.notices, partial(self._on_notice, kind))
         await self._learn()
-        tasks = [(f"oona-writer-{kind_name(kind)}", self._writers[kind].run()) for kind in KINDS]
-        tasks += [("oona-look", self._look()), ("oona-retention", self._retain())]
-        self._tasks = [asyncio.create_task(work, name=name) for name, work in tasks]
+        for kind in KINDS:
+            self._tasks.keep(f"oona-writer-{kind_name(kind)}", self._writers[kind].run)
+        self._tasks.keep("oona-look", self._look)
+        self._tasks.keep("oona-retention", self._retain)
 
     async def _learn(self) -> None:
         """Read what the streams say now. Servers that have just been given a stream need a moment to answer for it."""
@@ -122,7 +129,7 @@ class JetStreamLog:
         while True:
             try:
                 for stream in self._streams.values():
-                    await stream.catch_up(await self.link.last_sequence(stream.names.stream))
+                    await stream.catch_up_with_leader()
                 await self.groups_store.catch_up()
             except LogUnavailableError:
                 if loop.time() > deadline_s:
@@ -132,6 +139,11 @@ class JetStreamLog:
                 return
 
     # What the broker calls.
+
+    @property
+    def problem(self) -> str:
+        """What keeps this gateway from its work now, in words; empty where nothing does."""
+        return self._tasks.problem
 
     def bounds(self, kind: int) -> TopicBounds:
         """The extent of the log of ``kind``, as far as this gateway knows it."""
@@ -235,9 +247,7 @@ class JetStreamLog:
         for writer in self._writers.values():
             await writer.drain()
         await self.groups_store.drain()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self.link.close()
 
     # Inside.
@@ -297,16 +307,24 @@ class JetStreamLog:
             self._streams[kind].apply_batch(*decode_notice(message.data))
 
     async def _look(self) -> None:
-        while True:
+        out_of_reach = 0
+        for number in count(1):
             await asyncio.sleep(_LOOK_INTERVAL_S)
             try:
                 for stream in self._streams.values():
-                    await stream.catch_up()
+                    if number % _LEADER_LOOKS:
+                        await stream.catch_up()
+                    else:
+                        await stream.catch_up_with_leader()
                 await self.groups_store.catch_up()
+                out_of_reach = 0
             except LogUnavailableError as error:
+                out_of_reach += 1
                 _log.debug("cluster_out_of_reach", detail=str(error))
+                if out_of_reach >= _TOLERATED_LOOKS:
+                    self._tasks.note("oona-look", str(error))
             except LogDamagedError as error:
-                _log.error("stream_damaged", detail=str(error))
+                self._tasks.note("oona-look", str(error))
 
     async def _retain(self) -> None:
         """Let go what is too old or too much. Every gateway does, and none minds another that was faster."""
@@ -318,7 +336,7 @@ class JetStreamLog:
                 except LogUnavailableError as error:
                     _log.debug("retention_waits", detail=str(error))
                 except LogDamagedError as error:
-                    _log.error("stream_damaged", detail=str(error))
+                    self._tasks.note("oona-retention", str(error))
 
     async def _retain_kind(self, kind: KindValue) -> None:
         limits = limits_of(self._settings.retention, kind)

@@ -85,6 +85,9 @@ class FramePart:
             ) from error
 
 
+_TOPIC_FIELDS: Final = ("next", "next_bytes", "append_time_ns", "earliest", "earliest_bytes")
+
+
 @dataclass(frozen=True, slots=True)
 class TopicState:
     """What is known of a log beside its events; every batch ends with it.
@@ -151,13 +154,23 @@ class StateRecord:
         """Read a state. Raises :class:`LogDamagedError` where it is none."""
         try:
             body = json.loads(data)
-            topic = TopicState(
-                body["next"], body["next_bytes"], body["append_time_ns"], body["earliest"], body["earliest_bytes"]
-            )
-            publisher = PublisherState(body["sequence"], body["gateway"]) if "gateway" in body else None
-            return cls(topic, body["batch"], publisher)
+            topic = TopicState(*(_count(body[name]) for name in _TOPIC_FIELDS))
+            publisher = PublisherState(_count(body["sequence"]), _text(body["gateway"])) if "gateway" in body else None
+            return cls(topic, _text(body["batch"]), publisher)
         except (KeyError, TypeError, ValueError) as error:
             raise LogDamagedError(f"the state on {subject} was not written by a bus") from error
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def split(events: EncodedEvents, skip: int, max_bytes: int) -> list[Part]:

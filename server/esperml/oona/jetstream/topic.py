@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from esperml.oona.jetstream.follower import Follower
 from esperml.oona.jetstream.records import FramePart, Joiner, StateRecord, TopicState
-from esperml.oona.log import LogUnavailableError, StoredFrame, TopicBounds
+from esperml.oona.log import LogDamagedError, LogUnavailableError, StoredFrame, TopicBounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +24,8 @@ _POSITIONS: Final = 65_536
 # How long to wait for a replica that lags behind, or for a cluster that is out of reach, before asking again.
 _PAUSE_S: Final = 0.02
 _UNREACHABLE_PAUSE_S: Final = 0.25
+# Time for which a stream must have ended too early, in s: a new leader may not have read all of it yet.
+_SHORTER_S: Final = 3.0
 # Looks after which what should be there counts as missing.
 _LOOKS: Final = 100
 
@@ -58,6 +60,7 @@ class TopicStream:
         self._owned = owned
         self._follower = Follower(link, names.stream, names.states, self._apply)
         self._positions: OrderedDict[int, int] = OrderedDict()
+        self._shorter_since_s: float | None = None
 
     @property
     def bounds(self) -> TopicBounds:
@@ -78,6 +81,27 @@ class TopicStream:
             LogDamagedError: there is something in the stream that no bus wrote.
         """
         await self._follower.catch_up(target)
+
+    async def catch_up_with_leader(self) -> None:
+        """Learn everything that was stored since, as the leader knows it. Raises as :meth:`catch_up` does.
+
+        Raises:
+            LogDamagedError: for a while now the stream has ended before what is known of it.
+        """
+        last = await self._link.last_sequence(self.names.stream)
+        if last >= self.last_sequence:
+            self._shorter_since_s = None
+            await self.catch_up(last)
+            return
+        now_s = asyncio.get_running_loop().time()
+        if self._shorter_since_s is None:
+            self._shorter_since_s = now_s
+        elif now_s > self._shorter_since_s + _SHORTER_S:
+            raise LogDamagedError(
+                f"stream {self.names.stream} ends at message {last}, but this server knows it up to message "
+                f"{self.last_sequence}: it was made anew, or the cluster has lost what it had confirmed; start this "
+                "server again to go on with what there is"
+            )
 
     def apply_batch(self, base: int, last: int, states: Sequence[tuple[str, bytes]]) -> None:
         """Note a batch that was stored behind sequence ``base``, up to ``last``; ``states`` are its last messages.
@@ -213,6 +237,7 @@ def decode_notice(data: bytes) -> tuple[int, int, list[tuple[str, bytes]]]:
     """Base, last sequence and states of a notice. Raises ``ValueError`` for what is none."""
     try:
         body = json.loads(data)
-        return body["base"], body["last"], [(subject, text.encode()) for subject, text in body["states"]]
-    except (KeyError, TypeError, AttributeError) as error:
+        states = [(str(subject), text.encode()) for subject, text in body["states"]]
+        return int(body["base"]), int(body["last"]), states
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError("no notice") from error

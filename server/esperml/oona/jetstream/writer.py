@@ -60,6 +60,7 @@ _MAX_BATCH_BYTES: Final = 8 * 2**20
 _IDLE_PUBLISHER_TTL: Final = "24h"
 _RETRY_S: Final = 0.05
 _FULL_RETRY_S: Final = 5.0
+_DAMAGED_RETRY_S: Final = 1.0
 
 
 class PublisherMovedError(LogMovedError):
@@ -311,13 +312,15 @@ class TopicWriter:
         # Many gateways that lost to the same one must not all come back at once.
         await asyncio.sleep(_RETRY_S * random.random())
         try:
-            await self.stream.catch_up(await self.link.last_sequence(self.stream.names.stream))
-        except LogUnavailableError:
+            await self.stream.catch_up_with_leader()
+        except LogUnavailableError as error:
+            self._problem = str(error)
             await asyncio.sleep(_RETRY_S)
             return
         except LogDamagedError as error:
-            _log.error("stream_damaged", stream=self.stream.names.stream, detail=str(error))
-            await asyncio.sleep(_FULL_RETRY_S)
+            self._problem = str(error)
+            _log.error("stream_damaged", stream=self.stream.names.stream, detail=self._problem)
+            await asyncio.sleep(_DAMAGED_RETRY_S)
             return
         for batch_id in self.stream.landed & self._attempts.keys():
             self._settle(self._attempts[batch_id])
