@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 
 from esperml.server.listening import ExposedAddressError, check_exposure
@@ -50,3 +52,14 @@ async def test_an_address_of_another_machine_is_named(serve):
 async def test_it_reaches_itself_by_whatever_name_it_listens_on(serve, host):
     async with serve(tokens=False, server={"host": host, "insecure": True}) as guarded:
         assert guarded.target.rpartition(":")[0].strip("[]") == host
+
+
+async def test_a_temporary_folder_with_too_long_a_path_for_a_socket_is_named(serve, authority, tmp_path, monkeypatch):
+    certificate, key = authority.issue("server")
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(OSError, match=r"cannot listen on .*oona\.sock.*too long; set TMPDIR to a folder"):
+        async with serve(server={"certificate": certificate, "key": key}):
+            pass
+    assert list(folder.iterdir()) == []

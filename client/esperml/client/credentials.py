@@ -139,9 +139,10 @@ def _pem(name: str, path: Path | None) -> bytes | None:
 
 def is_local(target: str) -> bool:
     """Whether what goes to ``target`` stays on this machine, as far as its name tells."""
-    address = target.rpartition("///")[2]
-    if target.startswith("unix"):
+    # The colon belongs to it: "unix.example.org:50051" is a host's name.
+    if target.startswith(("unix:", "unix-abstract:")):
         return True
+    address = target.removeprefix("dns:///")
     host = address.rpartition(":")[0] if address.count(":") == 1 or address.startswith("[") else address
     if host == "localhost":
         return True

@@ -88,7 +88,7 @@ def listen(
         The address, ``host:port``, and the one by which this process reaches it.
 
     Raises:
-        OSError: the address is taken, or none of this machine.
+        OSError: the address is taken, or none of this machine; the folder for temporary files cannot hold the socket.
     """
     address = _address(settings.host, settings.port)
     _check_free(settings.host, settings.port)
@@ -104,10 +104,25 @@ def listen(
         # Nothing connects to "any address".
         own = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(settings.host, settings.host)  # noqa: S104
         return address, _address(own, port)
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="esper-"))
-    inside = f"unix:{Path(folder) / 'oona.sock'}"
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="esper-"))) / "oona.sock"
+    _check_socket(path)
+    inside = f"unix:{path}"
     server.add_insecure_port(inside)
     return address, inside
+
+
+def _check_socket(path: Path) -> None:
+    """Try a socket's path first, for the same reason: systems allow about 100 bytes."""
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(str(path))
+    except OSError as error:
+        problem = error.strerror or str(error)  # Python's own complaint of a path's length has no number.
+        raise OSError(
+            f"cannot listen on {path}, by which the server reaches itself: {problem}; set TMPDIR to a folder that can "
+            "be written and has a short path"
+        ) from error
+    path.unlink()
 
 
 def _check_free(host: str, port: int) -> None:
