@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, chain, pairwise, repeat
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -90,11 +90,10 @@ class EncodedRecords:
 
     Attributes:
         data: the records, each with the tag and the length that it has as a part of a delivery.
-        ends: where each begins in ``data``, and, as the last, where the last one ends.
         sizes: bytes of the records before each, without tag and length, and, as the last, of all.
     """
 
-    __slots__ = ("data", "ends", "sizes")
+    __slots__ = ("_starts", "data", "sizes")
 
     def __init__(self, first_offset: int, append_time_ns: int, events: Sequence[bytes], attempt: int = 1) -> None:
         timestamp = Timestamp()
@@ -102,36 +101,40 @@ class EncodedRecords:
         time = timestamp.SerializeToString()
         before_event = _TIME_TAG + varint(len(time)) + time + _EVENT_TAG
         after_event = _ATTEMPT_TAG + varint(attempt)
+        event_sizes = list(map(len, events))
+        # All that differs from record to record beside offset and event follows from the size of the event.
+        middles = {size: before_event + varint(size) for size in set(event_sizes)}
         parts: list[bytes] = []
-        lengths = [0]
-        sizes = [0]
+        record_sizes = [0]
         start = 0
         for numbers in _offset_fields(first_offset, len(events)):
-            chosen = events[start : start + len(numbers)]
-            start += len(numbers)
-            event_sizes = list(map(len, chosen))
-            # All that differs from record to record beside offset and event follows from the size of the event.
-            fixed = len(numbers[0]) + len(before_event) + len(after_event)
-            middles = {size: before_event + varint(size) for size in set(event_sizes)}
-            record_sizes = {size: fixed + len(varint(size)) + size for size in middles}
-            heads = {size: _RECORD_TAG + varint(record_size) for size, record_size in record_sizes.items()}
-            sizes += [record_sizes[size] for size in event_sizes]
-            lengths += [len(heads[size]) + record_sizes[size] for size in event_sizes]
+            stop = start + len(numbers)
+            sizes = event_sizes[start:stop]
+            fixed = len(numbers[0]) + len(after_event)
+            record_size = {size: fixed + len(middle) + size for size, middle in middles.items()}
+            heads = {size: _RECORD_TAG + varint(whole) for size, whole in record_size.items()}
+            record_sizes += map(record_size.__getitem__, sizes)
             columns = (
-                [heads[size] for size in event_sizes],
+                map(heads.__getitem__, sizes),
                 numbers,
-                [middles[size] for size in event_sizes],
-                chosen,
-                repeat(after_event, len(chosen)),
+                map(middles.__getitem__, sizes),
+                events[start:stop],
+                repeat(after_event, len(sizes)),
             )
             parts += chain.from_iterable(zip(*columns, strict=True))
+            start = stop
         self.data = b"".join(parts)
-        self.ends = list(accumulate(lengths))
-        self.sizes = list(accumulate(sizes))
+        self.sizes = list(accumulate(record_sizes))
+        self._starts: list[int] | None = None
 
     def slice(self, start: int, stop: int) -> bytes:
         """The records from index ``start`` to before ``stop``, as a part of a serialized ``Delivery``."""
-        return self.data[self.ends[start] : self.ends[stop]]
+        if start == 0 and stop == len(self.sizes) - 1:
+            return self.data
+        if self._starts is None:
+            sizes = (after - before for before, after in pairwise(self.sizes))
+            self._starts = list(accumulate((len(_RECORD_TAG) + len(varint(size)) + size for size in sizes), initial=0))
+        return self.data[self._starts[start] : self._starts[stop]]
 
     def events(self, start: int, stop: int) -> list[bytes]:
         """The serialized events of the records from index ``start`` to before ``stop``."""

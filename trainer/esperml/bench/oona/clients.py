@@ -17,7 +17,8 @@ KIND: Final = event_pb2.KIND_EVENTS
 RUNS: Final = 8
 LARGEST_FRAME: Final = 256
 READ_BATCH: Final = 256
-CREDIT: Final = 4096
+IN_FLIGHT: Final = 4096
+"""Events that a publisher keeps unconfirmed, and a consumer unread, where its client can: the same for all systems."""
 
 
 @dataclass(slots=True)
@@ -166,8 +167,8 @@ class OonaPublisher:
 
 
 def frames_in_flight(frame: int) -> int:
-    """Frames that a publisher keeps under way: at least 8, and at least 256 events."""
-    return max(8, 256 // frame)
+    """Frames that a publisher keeps under way."""
+    return max(1, IN_FLIGHT // frame)
 
 
 class OonaConsumer:
@@ -180,7 +181,7 @@ class OonaConsumer:
     def __init__(self, address: str) -> None:
         self._client = OonaClient(address, client_id=f"bench-consumer-{uuid.uuid4().hex}")
         self._subscription: Subscription = self._client.subscribe(
-            KIND, group="bench", start=oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_LATEST), credit=CREDIT
+            KIND, group="bench", start=oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_LATEST), credit=IN_FLIGHT
         )
         self._batches = self._subscription.batches()
 

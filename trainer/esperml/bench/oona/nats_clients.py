@@ -11,14 +11,13 @@ from nats.aio.client import Client
 from nats.js.api import AckPolicy, ConsumerConfig, PubAck, StorageType, StreamConfig
 from nats.js.client import JetStreamContext
 
-from esperml.bench.oona.clients import RUNS, Arrivals, make_payloads
+from esperml.bench.oona.clients import IN_FLIGHT, RUNS, Arrivals, make_payloads
 
-IN_FLIGHT: Final = 256
 FETCH_TIMEOUT_S: Final = 30.0
 
 
 class NatsPublisher:
-    """Publishes asynchronously, 256 messages in flight: there are no frames."""
+    """Publishes asynchronously: there are no frames."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -38,7 +37,7 @@ class NatsPublisher:
         self._payloads = make_payloads(payload)
 
     async def publish(self, count: int, frame: int) -> None:
-        """Publish, waiting while 256 messages are unconfirmed. One alone is sent and waited for."""
+        """Publish, waiting while as many as may be are unconfirmed. One alone is sent and waited for."""
         if count == 1:
             await self._jetstream.publish(f"{self._block}.0", self._payloads[0])
             return
