@@ -172,11 +172,57 @@ def test_a_run_that_asks_for_a_policy_that_there_is_not_is_refused_and_forgotten
 
 def test_ended_runs_make_room_before_those_under_way(tools, tmp_path):
     controller = tools.controller(tmp_path, max_runs=2)
-    hosts = [tools.Host(controller, name) for name in ("a", "b", "c", "d")]
+    hosts = [tools.Host(controller, name) for name in ("a", "b", "c")]
     for host in hosts[:2]:
         host.start()
     hosts[1].end(10)
     hosts[2].start()
     assert [run.run_id for run in controller.runs()] == ["c", "a"]
-    hosts[3].start()
-    assert [run.run_id for run in controller.runs()] == ["d", "c"]
+
+
+def at(controller, kind, event, seconds):
+    return controller.handle(kind, event, at_s=seconds)
+
+
+def started(tools, host):
+    return host.event(run_started=run_pb2.RunStarted(graph=tools.graph()))
+
+
+def test_of_runs_under_way_the_one_idle_for_longest_makes_room_and_no_other(tools, tmp_path):
+    controller = tools.controller(tmp_path, max_runs=2, idle_run_s=100)
+    a, b, c = (tools.Host(controller, name) for name in "abc")
+    at(controller, EVENTS, started(tools, a), 1_000)
+    at(controller, EVENTS, started(tools, b), 1_001)
+    at(controller, TELEMETRY, a.event(health_report=tools.report(a.graph, 100)), 1_050)
+    start = started(tools, c)
+    [(kind, told)] = at(controller, EVENTS, start, 1_101)
+    assert (kind, told.run_id, told.notice.code) == (event_pb2.KIND_COMMANDS, "c", run_pb2.NOTICE_CODE_NOT_FOLLOWED)
+    assert "follows 2 runs" in told.notice.text
+    assert not controller.has_room
+    assert [run.run_id for run in controller.runs()] == ["b", "a"]
+    # What is restarted has its place already.
+    assert not tools.told(at(controller, EVENTS, started(tools, a), 1_101)).notices
+    assert at(controller, EVENTS, start, 1_102) == []
+    assert [run.run_id for run in controller.runs()] == ["c", "a"]
+
+
+def test_of_what_is_held_for_unknown_runs_the_oldest_goes_first(tools, tmp_path, monkeypatch):
+    monkeypatch.setattr("esperml.tamiyo.controller.MAX_HELD", 4)
+    controller = tools.controller(tmp_path)
+    for name in ("a", "b", "a", "c", "c"):
+        tools.Host(controller, name).report(100)
+    assert {name: len(held) for name, held in controller._held.items()} == {"b": 1, "c": 2}
+    assert controller._held_count == 3
+
+
+def test_what_was_held_while_a_run_was_rebuilt_is_new(tools, tmp_path):
+    host = tools.Host(tools.controller(tmp_path))
+    host.start()
+    first = host.report(100)
+    controller = tools.controller(tmp_path)
+    record = [*host.said, first[0]]
+    host.controller = controller
+    assert host.report(200) == []
+    told = tools.told(controller.rebuild([*record, host.said[-1]]))
+    assert [decision.step for decision in told.decisions] == [200]
+    assert controller.run("run").step == 200

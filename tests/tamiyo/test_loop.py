@@ -162,7 +162,9 @@ async def test_telemetry_without_a_start_is_held_and_the_logs_are_searched_once(
         await publish(client, host)
         async with loop._progress:
             await loop._progress.wait_for(lambda: loop._committed.get(event_pb2.KIND_TELEMETRY, 0) == 2)
-        assert list(loop._missing) == ["run"]
+        while not loop._rebuilding.missing:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert list(loop._rebuilding.missing) == ["run"]
         host.start()
         await publish(client, host)
         [decided] = await collect(client, event_pb2.KIND_DECISIONS, 1)

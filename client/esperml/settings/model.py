@@ -177,7 +177,14 @@ class TamiyoSettings(Section):
     hold_steps: int = Field(200, ge=0, description="Steps that a seed holds before it is fossilised or culled.")
     embargo_steps: int = Field(500, ge=0, description="Steps that a place rests after a cull or a refusal.")
     parameter_price: float = Field(0.02, ge=0, description="Cost in the reward of growing by the host's own size.")
-    max_runs: int = Field(256, ge=1, description="Runs kept in memory; ended ones go first, oldest first.")
+    max_runs: int = Field(
+        256,
+        ge=1,
+        description="Runs followed at a time. Where there are as many, ended ones make room, then the idle; no others.",
+    )
+    idle_run_s: float = Field(
+        600.0, gt=0, description="Time without a word, in s, after which a run makes room for another."
+    )
 
 
 class LogSettings(Section):

@@ -27,7 +27,7 @@ from esperml.v1 import graph_pb2 as esperml_dot_v1_dot_graph__pb2
 from esperml.v1 import health_pb2 as esperml_dot_v1_dot_health__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x65sperml/v1/run.proto\x12\nesperml.v1\x1a\x19\x65sperml/v1/decision.proto\x1a\x16\x65sperml/v1/graph.proto\x1a\x17\x65sperml/v1/health.proto\"\xac\x02\n\nRunStarted\x12$\n\x05graph\x18\x01 \x01(\x0b\x32\x15.esperml.v1.HostGraph\x12%\n\x06limits\x18\x02 \x01(\x0b\x32\x15.esperml.v1.RunLimits\x12\x1e\n\x04mode\x18\x03 \x01(\x0e\x32\x10.esperml.v1.Mode\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\x12\n\npaired_run\x18\x05 \x01(\t\x12\x32\n\x06labels\x18\x06 \x03(\x0b\x32\".esperml.v1.RunStarted.LabelsEntry\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x16\n\x0e\x63lient_version\x18\x08 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"n\n\x06Notice\x12$\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x16.esperml.v1.NoticeCode\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x30\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x1e.esperml.v1.AdaptationDecision\"[\n\x10StructureChanged\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x02 \x01(\t\x12$\n\x05graph\x18\x03 \x01(\x0b\x32\x15.esperml.v1.HostGraph\"S\n\x0e\x45pochCompleted\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12$\n\x03run\x18\x03 \x01(\x0b\x32\x17.esperml.v1.RunMeasures\"n\n\x08RunEnded\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x1f\n\x03\x65nd\x18\x02 \x01(\x0e\x32\x12.esperml.v1.RunEnd\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12$\n\x03run\x18\x04 \x01(\x0b\x32\x17.esperml.v1.RunMeasures*z\n\nNoticeCode\x12\x1b\n\x17NOTICE_CODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16NOTICE_CODE_SUPERSEDED\x10\x01\x12\x19\n\x15NOTICE_CODE_CONTENDED\x10\x02\x12\x18\n\x14NOTICE_CODE_PROPOSED\x10\x03*L\n\x06RunEnd\x12\x17\n\x13RUN_END_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_END_COMPLETED\x10\x01\x12\x12\n\x0eRUN_END_FAILED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x65sperml/v1/run.proto\x12\nesperml.v1\x1a\x19\x65sperml/v1/decision.proto\x1a\x16\x65sperml/v1/graph.proto\x1a\x17\x65sperml/v1/health.proto\"\xac\x02\n\nRunStarted\x12$\n\x05graph\x18\x01 \x01(\x0b\x32\x15.esperml.v1.HostGraph\x12%\n\x06limits\x18\x02 \x01(\x0b\x32\x15.esperml.v1.RunLimits\x12\x1e\n\x04mode\x18\x03 \x01(\x0e\x32\x10.esperml.v1.Mode\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\x12\n\npaired_run\x18\x05 \x01(\t\x12\x32\n\x06labels\x18\x06 \x03(\x0b\x32\".esperml.v1.RunStarted.LabelsEntry\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x16\n\x0e\x63lient_version\x18\x08 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"n\n\x06Notice\x12$\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x16.esperml.v1.NoticeCode\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x30\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x1e.esperml.v1.AdaptationDecision\"[\n\x10StructureChanged\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x02 \x01(\t\x12$\n\x05graph\x18\x03 \x01(\x0b\x32\x15.esperml.v1.HostGraph\"S\n\x0e\x45pochCompleted\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12$\n\x03run\x18\x03 \x01(\x0b\x32\x17.esperml.v1.RunMeasures\"n\n\x08RunEnded\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x1f\n\x03\x65nd\x18\x02 \x01(\x0e\x32\x12.esperml.v1.RunEnd\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12$\n\x03run\x18\x04 \x01(\x0b\x32\x17.esperml.v1.RunMeasures*\x98\x01\n\nNoticeCode\x12\x1b\n\x17NOTICE_CODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16NOTICE_CODE_SUPERSEDED\x10\x01\x12\x19\n\x15NOTICE_CODE_CONTENDED\x10\x02\x12\x18\n\x14NOTICE_CODE_PROPOSED\x10\x03\x12\x1c\n\x18NOTICE_CODE_NOT_FOLLOWED\x10\x04*L\n\x06RunEnd\x12\x17\n\x13RUN_END_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_END_COMPLETED\x10\x01\x12\x12\n\x0eRUN_END_FAILED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RUNSTARTED_LABELSENTRY']._loaded_options = None
   _globals['_RUNSTARTED_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_NOTICECODE']._serialized_start=817
-  _globals['_NOTICECODE']._serialized_end=939
-  _globals['_RUNEND']._serialized_start=941
-  _globals['_RUNEND']._serialized_end=1017
+  _globals['_NOTICECODE']._serialized_start=818
+  _globals['_NOTICECODE']._serialized_end=970
+  _globals['_RUNEND']._serialized_start=972
+  _globals['_RUNEND']._serialized_end=1048
   _globals['_RUNSTARTED']._serialized_start=113
   _globals['_RUNSTARTED']._serialized_end=413
   _globals['_RUNSTARTED_LABELSENTRY']._serialized_start=368

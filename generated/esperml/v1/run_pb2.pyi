@@ -38,6 +38,10 @@ class _NoticeCodeEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_NoticeCode.
     """Tamiyo would act and may not, or was stopped from it: the decision says what, and why it is not carried out. Sent
     again when that changes, but for its approval, which sends a command.
     """
+    NOTICE_CODE_NOT_FOLLOWED: _NoticeCode.ValueType  # 4
+    """Tamiyo has no place for the run: as many as it follows at a time are being heard from. It follows the run from the
+    first event on that comes when there is a place.
+    """
 
 class NoticeCode(_NoticeCode, metaclass=_NoticeCodeEnumTypeWrapper):
     """What a notice is about."""
@@ -51,6 +55,10 @@ NOTICE_CODE_CONTENDED: NoticeCode.ValueType  # 2
 NOTICE_CODE_PROPOSED: NoticeCode.ValueType  # 3
 """Tamiyo would act and may not, or was stopped from it: the decision says what, and why it is not carried out. Sent
 again when that changes, but for its approval, which sends a command.
+"""
+NOTICE_CODE_NOT_FOLLOWED: NoticeCode.ValueType  # 4
+"""Tamiyo has no place for the run: as many as it follows at a time are being heard from. It follows the run from the
+first event on that comes when there is a place.
 """
 
 class _RunEnd:

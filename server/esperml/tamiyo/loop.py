@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
@@ -29,6 +29,7 @@ from esperml.client import (
 from esperml.client.credentials import NO_CREDENTIALS, Credentials
 from esperml.contract import InvalidFieldError, kind_name
 from esperml.tamiyo.controller import Controller, Outgoing
+from esperml.tamiyo.rebuilding import FAILURES, RETRY_S, Rebuilding
 from esperml.tamiyo.sessions import stale_reports
 from esperml.tamiyo.tracing import log_decisions, log_outcome, under
 from esperml.tamiyo.work import Work
@@ -36,23 +37,13 @@ from esperml.v1 import event_pb2, oona_pb2
 
 GROUP: Final = "tamiyo"
 CONSUMED: Final = (event_pb2.KIND_EVENTS, event_pb2.KIND_OUTCOMES, event_pb2.KIND_TELEMETRY)
-REPLAYED: Final = (*CONSUMED, event_pb2.KIND_DECISIONS)
 FRAME_BYTES: Final = 2**20
 """Bytes after which what is published goes into another frame."""
-
-MAX_MISSING: Final = 1024
-"""Runs of which no start was found, remembered so that the logs are not searched for each of their records."""
-
-FAILURES: Final = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a defect in the handling of one record can raise. It must not stop the other runs."""
 
 Batch = list[tuple[event_pb2.Kind.ValueType, list[event_pb2.Event]]]
 
 CATCH_UP_S: Final = 5.0
 """Longest time that the end of a run waits for its last reports, in s."""
-
-RETRY_S: Final = 1.0
-"""Time between two tries of what the bus could not do just then, in s."""
 
 log = structlog.get_logger(__name__)
 
@@ -79,8 +70,9 @@ class TamiyoLoop:
         self._controller = controller
         self._credentials = credentials
         self._client: OonaClient | None = None
-        self._turn = asyncio.Lock()
-        self._missing: OrderedDict[str, None] = OrderedDict()
+        self._rebuilding = Rebuilding(controller, self._publish_rebuilt)
+        # Run → the handling of its end, and what that waits for: its last reports.
+        self._ending: dict[str, tuple[asyncio.Task[None], asyncio.Task[None]]] = {}
         self._start = 0  # Reports below this offset were there before this loop: they say how hosts were then.
         self._committed: dict[event_pb2.Kind.ValueType, int] = {}
         self._progress = asyncio.Condition()
@@ -101,12 +93,14 @@ class TamiyoLoop:
             try:
                 self._start = await self._head(client)
                 async with asyncio.TaskGroup() as group:
-                    consumers = [group.create_task(self._consume(client, kind)) for kind in CONSUMED]
+                    tasks = [group.create_task(self._rebuilding.run(client))]
+                    tasks += [group.create_task(self._consume(client, kind, group)) for kind in CONSUMED]
                     yield
-                    for consumer in consumers:
-                        consumer.cancel()
+                    for task in (*tasks, *itertools.chain.from_iterable(self._ending.values())):
+                        task.cancel()
             finally:
                 self._client = None
+                self._ending.clear()
 
     @property
     def is_running(self) -> bool:
@@ -125,13 +119,13 @@ class TamiyoLoop:
             await client.publish(kind, events)
         log_decisions(outgoing)
 
-    async def _consume(self, client: OonaClient, kind: event_pb2.Kind.ValueType) -> None:
+    async def _consume(self, client: OonaClient, kind: event_pb2.Kind.ValueType, tasks: asyncio.TaskGroup) -> None:
         start = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_COMMITTED)
         while True:
             try:
                 async with client.subscribe(kind, group=GROUP, start=start) as subscription:
                     async for records in subscription.batches():
-                        await self._take(subscription, records)
+                        await self._take(subscription, records, tasks)
             except BehindFloorError as error:
                 log.warning("records_purged", kind=kind_name(kind), earliest_offset=error.earliest_offset)
             except StorageError as error:
@@ -148,20 +142,54 @@ class TamiyoLoop:
                 log.warning("bus_not_reached", problem=str(error))
                 await asyncio.sleep(RETRY_S)
 
-    async def _take(self, subscription: Subscription, records: Sequence[event_pb2.Record]) -> None:
+    async def _take(
+        self, subscription: Subscription, records: Sequence[event_pb2.Record], tasks: asyncio.TaskGroup
+    ) -> None:
         stale = stale_reports([record.event for record in records])
+        done = []
         for record, is_stale in zip(records, stale, strict=True):
-            if record.event.HasField("run_ended"):
-                await self._catch_up(record.event.run_id)
+            run_id = record.event.run_id
+            if subscription.kind == event_pb2.KIND_EVENTS and run_id in self._ending:
+                # What follows the end, another start for example, stays behind it and waits for no report.
+                end, last_reports = self._ending[run_id]
+                last_reports.cancel()
+                await end
+            if record.event.HasField("run_ended") and self._controller.follows(run_id):
+                last_reports = tasks.create_task(self._catch_up(run_id))
+                end = tasks.create_task(self._end(subscription, record, last_reports))
+                self._ending[run_id] = (end, last_reports)
+                continue
             backlog = subscription.kind == event_pb2.KIND_TELEMETRY and record.offset < self._start
-            async with self._turn:
-                with under(record.event):
-                    outgoing = await self._handle(subscription.kind, record, stale=is_stale or backlog)
-            try:
-                await self.publish(outgoing)
-            except (RejectedError, FrameTooLargeError) as error:
-                # The bus stands, and will not take this ever: what can be done is to say so and go on.
-                log.error("publish_refused", run_id=record.event.run_id, problem=str(error))  # noqa: TRY400
+            await self._publish_what_can_be(self._handle(subscription.kind, record, stale=is_stale or backlog))
+            done.append(record)
+        await self._acknowledge(subscription, done)
+
+    async def _end(
+        self, subscription: Subscription, record: event_pb2.Record, last_reports: asyncio.Task[None]
+    ) -> None:
+        """Handle the end of a run once what it reported before is handled. Nobody else waits for that."""
+        try:
+            await asyncio.wait([last_reports])
+            await self._publish_what_can_be(self._handle(subscription.kind, record, stale=False))
+        finally:
+            del self._ending[record.event.run_id]
+        await self._acknowledge(subscription, [record])
+
+    async def _publish_rebuilt(self, outgoing: Outgoing) -> None:
+        self.work.decided(outgoing)
+        await self._publish_what_can_be(outgoing)
+
+    async def _publish_what_can_be(self, outgoing: Outgoing) -> None:
+        try:
+            await self.publish(outgoing)
+        except (RejectedError, FrameTooLargeError) as error:
+            # The bus stands, and will not take this ever: what can be done is to say so and go on.
+            run_ids = sorted({event.run_id for _, event in outgoing})
+            log.error("publish_refused", run_id=", ".join(run_ids), problem=str(error))  # noqa: TRY400
+
+    async def _acknowledge(self, subscription: Subscription, records: Sequence[event_pb2.Record]) -> None:
+        if not records:
+            return
         try:
             committed = await subscription.ack(*records)
         except StorageError as error:
@@ -194,69 +222,31 @@ class TamiyoLoop:
         except (TimeoutError, CallFailedError) as error:
             log.warning("end_not_awaited", run_id=run_id, problem=str(error) or f"no progress within {CATCH_UP_S:g} s")
 
-    async def _handle(self, kind: event_pb2.Kind.ValueType, record: event_pb2.Record, *, stale: bool) -> Outgoing:
+    def _handle(self, kind: event_pb2.Kind.ValueType, record: event_pb2.Record, *, stale: bool) -> Outgoing:
         event = record.event
-        try:
-            if event.WhichOneof("payload") != "run_started":
-                await self._ensure_known(event.run_id, kind, record.offset)
-            began_s = time.perf_counter()
-            outgoing = self._controller.handle(kind, event, stale=stale)
-            self.work.handled(kind, outgoing, time.perf_counter() - began_s)
-            log_outcome(event)
-        except InvalidFieldError as error:
-            log.warning("event_refused", run_id=event.run_id, field=error.field, problem=error.problem)
-        except FAILURES:
-            log.exception("event_failed", run_id=event.run_id, kind=kind_name(kind), offset=record.offset)
-        else:
-            return outgoing
-        return []
-
-    async def _ensure_known(self, run_id: str, kind: event_pb2.Kind.ValueType, before: int) -> None:
-        """Rebuild a run that started before this process did, and its twin, from what the bus has kept.
-
-        Args:
-            run_id: the run.
-            kind: kind of the record that is about to be handled.
-            before: its offset: the record itself and what follows it come by themselves.
-        """
-        if self._controller.knows(run_id) or run_id in self._missing:
-            return
-        kept = await self._kept(run_id, {kind: before})
-        twin = next((event.run_started.paired_run for _, event in kept if event.HasField("run_started")), "")
-        if twin and not self._controller.knows(twin):
-            kept += await self._kept(twin, {})
-        if not any(event.HasField("run_started") and event.run_id == run_id for _, event in kept):
-            self._missing[run_id] = None
-            if len(self._missing) > MAX_MISSING:
-                self._missing.popitem(last=False)
-        self._controller.rebuild(kept)
-        log.info("run_rebuilt", run_id=run_id, events=len(kept))
-
-    async def _kept(self, run_id: str, ends: dict[event_pb2.Kind.ValueType, int]) -> Outgoing:
-        while True:
+        with under(event):
             try:
-                return await _replay(self._client_now(), run_id, ends)
-            except CallFailedError as error:
-                log.warning("replay_failed", run_id=run_id, problem=str(error))
-                await asyncio.sleep(RETRY_S)
+                if event.HasField("run_started"):
+                    self._rebuilding.started(event.run_id)
+                else:
+                    self._rebuilding.want(event.run_id, kind, record.offset)
+                began_s = time.perf_counter()
+                at_s = record.append_time.ToNanoseconds() / 1e9
+                outgoing = self._controller.handle(kind, event, stale=stale, at_s=at_s)
+                self.work.handled(kind, outgoing, time.perf_counter() - began_s)
+                log_outcome(event)
+            except InvalidFieldError as error:
+                log.warning("event_refused", run_id=event.run_id, field=error.field, problem=error.problem)
+            except FAILURES:
+                log.exception("event_failed", run_id=event.run_id, kind=kind_name(kind), offset=record.offset)
+            else:
+                return outgoing
+        return []
 
     def _client_now(self) -> OonaClient:
         if self._client is None:
             raise NotConnectedError
         return self._client
-
-
-async def _replay(client: OonaClient, run_id: str, ends: dict[event_pb2.Kind.ValueType, int]) -> Outgoing:
-    """What the bus has kept of a run, up to the offsets of ``ends`` where a kind has one."""
-    kept: Outgoing = []
-    for topic in await client.topics():
-        end = ends.get(topic.kind, topic.next_offset)
-        if topic.kind not in REPLAYED or end <= topic.earliest_offset:
-            continue
-        start = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
-        async with client.subscribe(topic.kind, run_ids=[run_id], start=start, end_offset=end) as subscription:
-            kept += [(topic.kind, record.event) async for record in subscription]
-    return kept
 
 
 def in_frames(outgoing: Outgoing, most: int = FRAME_BYTES) -> Batch:

@@ -74,6 +74,7 @@ class RunState:
         analyzer: its host.
         settings: the server's.
         started_at: when it started, by its own clock.
+        heard_s: when the latest event of it was stored, in s since 1970.
         reported_at: when it last reported.
         status: where it is.
         step: last step reported.
@@ -103,6 +104,7 @@ class RunState:
     started_at: Timestamp
     session_id: str = ""
     superseded: dict[str, bool] = field(default_factory=dict)
+    heard_s: float = 0.0
     reported_at: Timestamp | None = None
     status: runs_pb2.RunStatus.ValueType = runs_pb2.RUN_STATUS_RUNNING
     step: int = 0

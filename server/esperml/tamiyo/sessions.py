@@ -87,6 +87,22 @@ def contest(run: RunState, event: event_pb2.Event) -> Outgoing:
     ]
 
 
+def not_followed(run: RunState, start: event_pb2.Event) -> Outgoing:
+    """The notice to a run that finds no place.
+
+    Args:
+        run: the run as it would have been.
+        start: the event that started it.
+    """
+    most = run.settings.max_runs
+    log.warning("run_not_followed", run_id=run.run_id, max_runs=most)
+    text = (
+        f"Tamiyo follows {most} runs, as many as it may at a time, and not run {run.run_id!r}: no decisions are taken "
+        "until another ends or falls silent. Raise tamiyo.max_runs on the server, or end runs that need no decisions."
+    )
+    return [_notice(run, start, start.session_id, run_pb2.NOTICE_CODE_NOT_FOLLOWED, text)]
+
+
 def _notice(
     run: RunState, cause: event_pb2.Event, session_id: str, code: run_pb2.NoticeCode.ValueType, text: str
 ) -> tuple[event_pb2.Kind.ValueType, event_pb2.Event]:

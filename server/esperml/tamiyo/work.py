@@ -38,12 +38,16 @@ class Work:
     def handled(self, kind: KindValue, outgoing: Outgoing, took_s: float) -> None:
         """Count an event of ``kind`` that was handled in ``took_s`` and led to ``outgoing``."""
         self._events.labels(kind_name(kind)).inc()
+        if self.decided(outgoing):
+            self._decision_s.observe(took_s)
+
+    def decided(self, outgoing: Outgoing) -> bool:
+        """Count the decisions in ``outgoing``. Returns whether there are any."""
         decisions = [event.decision for _, event in outgoing if event.HasField("decision")]
         for decision in decisions:
             disposition = decision_pb2.Disposition.Name(decision.disposition).removeprefix("DISPOSITION_").lower()
             self._decisions.labels(decision.action.WhichOneof("kind") or "none", disposition).inc()
-        if decisions:
-            self._decision_s.observe(took_s)
+        return bool(decisions)
 
     def metrics(self) -> Iterator[Metric]:
         """The figures as they are now."""
