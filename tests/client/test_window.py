@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,6 +127,29 @@ async def test_failing_fails_everything(window):
     with pytest.raises(ClientClosedError):
         await waiting.confirmed
     assert not window.full
+
+
+async def seconds_of_late_refusals(frames: int) -> float:
+    """Time to take in the refusals of all that was sent behind a refused frame and went out again meanwhile."""
+    window = ResendWindow("me", 10**9)
+    window.resume(1)
+    for _ in range(frames):
+        window.add(frame("a")).confirmed.cancel()
+    late = [number for number, _ in send_all(window, 1)]
+    error = InvalidRequestError(oona_pb2.REJECT_REASON_INVALID, "no")
+    assert window.refuse(late.pop(0), error)
+    assert len(send_all(window, frames + 1)) == len(late)
+    started_s = time.process_time()
+    for number in late:
+        assert not window.under_way(number)
+        assert not window.refuse(number, error)
+    return time.process_time() - started_s
+
+
+async def test_ten_times_as_many_refused_frames_take_about_ten_times_as_long():
+    few_s = min([await seconds_of_late_refusals(500) for _ in range(5)])
+    many_s = min([await seconds_of_late_refusals(5000) for _ in range(5)])
+    assert many_s < 30 * few_s
 
 
 class Server:

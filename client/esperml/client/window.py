@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from esperml.client.errors import ClientIdConflictError, FrameTooLargeError
 from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from esperml.client.errors import OonaError
 
 # Most bytes by which request id, sequence and a longer length prefix make a frame grow when it is sent.
@@ -49,6 +46,8 @@ class ResendWindow:
         self._max_bytes = max_bytes
         self._frames: deque[Unconfirmed] = deque()
         self._sent = 0
+        # What the present stream was sent and has not answered, by request id.
+        self._under_way: dict[int, Unconfirmed] = {}
         self._bytes = 0
         # Sequence of the first unconfirmed event; unknown until a server has said it once.
         self._first_sequence: int | None = None
@@ -114,6 +113,7 @@ class ResendWindow:
             return None
         frame = self._frames[self._sent]
         frame.request.request_id = request_id
+        self._under_way[request_id] = frame
         frame.request.publish.first_sequence = self._next_sequence
         self._next_sequence += frame.count
         self._end_sequence = max(self._end_sequence, self._next_sequence)
@@ -122,7 +122,7 @@ class ResendWindow:
 
     def confirm(self, request_id: int, published: oona_pb2.Published) -> None:
         """Take out the frame that the server has confirmed. An answer to what is no longer under way is ignored."""
-        if (frame := self._sent_as(request_id)) is None:
+        if (frame := self._under_way.get(request_id)) is None:
             return
         # The server answers in the order of the stream, so that this is always the first.
         self._remove(frame)
@@ -135,9 +135,9 @@ class ResendWindow:
         """Fail the frame and give its sequences back; what was sent behind it must be sent again.
 
         Returns whether the answer was to a frame under way. Answers to frames that were refused because one before them
-        was come later and find their request id replaced.
+        was come later and find nothing under their request id.
         """
-        if (frame := self._sent_as(request_id)) is None:
+        if (frame := self._under_way.get(request_id)) is None:
             return False
         self._remove(frame)
         self.rewind()
@@ -147,15 +147,14 @@ class ResendWindow:
 
     def rewind(self) -> None:
         """Count everything unconfirmed as not sent, to be sent again with the same sequences."""
-        for frame in islice(self._frames, self._sent):
-            frame.request.request_id = 0
+        self._under_way.clear()
         self._sent = 0
         if self._first_sequence is not None:
             self._next_sequence = self._first_sequence
 
     def under_way(self, request_id: int) -> bool:
         """Whether a frame was sent under this id and is not answered yet."""
-        return self._sent_as(request_id) is not None
+        return request_id in self._under_way
 
     def refuse_next_if_larger_than(self, limit: int) -> bool:
         """Fail the frames that are to be sent next and are over the server's limit. Returns whether there were any."""
@@ -173,14 +172,13 @@ class ResendWindow:
             if not frame.confirmed.done():
                 frame.confirmed.set_exception(error)
         self._frames.clear()
+        self._under_way.clear()
         self._sent = self._bytes = 0
-
-    def _sent_as(self, request_id: int) -> Unconfirmed | None:
-        sent: Iterator[Unconfirmed] = islice(self._frames, self._sent)
-        return next((frame for frame in sent if frame.request.request_id == request_id), None)
 
     def _remove(self, frame: Unconfirmed) -> None:
         index = self._frames.index(frame)
         del self._frames[index]
-        self._sent -= index < self._sent
+        if index < self._sent:
+            self._sent -= 1
+            self._under_way.pop(frame.request.request_id, None)
         self._bytes -= frame.size
