@@ -26,6 +26,7 @@ from esperml.client import (
     new_event,
     read,
 )
+from esperml.client.recording import record
 from esperml.client.replaying import Replayed, Selection, replay, survey
 from esperml.v1 import decision_pb2, event_pb2, experience_pb2, graph_pb2, health_pb2, oona_pb2, run_pb2
 
@@ -130,6 +131,26 @@ def start_recording(bus, path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "esperml.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+async def test_a_recording_of_a_quiet_run_is_whole_though_what_it_passed_over_was_purged(bus, path, make_event):
+    until, began = asyncio.Event(), asyncio.Event()
+    async with OonaClient(bus.target, client_id="a") as oona, asyncio.timeout(30):
+        recording = asyncio.create_task(
+            record(oona, path, kinds=[EVENTS], run_ids=["quiet"], until=until, on_event=lambda *_: began.set())
+        )
+        while not began.is_set():
+            await oona.publish(EVENTS, [make_event("quiet")])
+        others = await oona.publish(EVENTS, [make_event("other")])
+        end = others.first_offset + 1
+        [subscription] = oona._subscriptions.values()
+        assert await oona.purge(EVENTS, end) == end
+        while subscription.next_offset < end:  # noqa: ASYNC110 - it is told in the background
+            await asyncio.sleep(0)
+        until.set()
+        info = await recording
+    assert info.counts[EVENTS] >= 1
+    assert set(info.runs) == {"quiet"}
 
 
 async def test_ctrl_c_ends_a_recording_well(bus, path, make_event):

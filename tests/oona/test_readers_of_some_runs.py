@@ -61,8 +61,18 @@ async def test_records_of_other_runs_do_not_wake_it(looks, reader, publish):
 
 async def test_it_is_told_now_and_then_how_far_it_is(reader, publish):
     end = await publish("run-2", 5)
-    while (await reader.next("progress")).progress.high_watermark < end:
-        pass
+    told = [(await reader.next("progress")).progress.high_watermark]
+    while told[-1] < end:
+        told.append((await reader.next("progress")).progress.high_watermark)
+    assert told[-1] == end
+    assert len(told) < 5
+
+
+async def test_it_is_told_at_once_where_it_is_when_its_old_place_is_purged(bus, reader, publish, monkeypatch):
+    monkeypatch.setattr("esperml.oona.subscriptions._PASSED_PROGRESS_INTERVAL_S", 3600)
+    end = await publish("run-2", 5)
+    assert await bus.broker.purge(EVENTS, end - 1) == end - 1
+    assert (await reader.next("progress")).progress.high_watermark == end
 
 
 async def test_a_purge_of_what_it_moved_over_does_not_end_it(bus, reader, publish):

@@ -315,15 +315,13 @@ async def _record_live(
         subscription.drain()
 
     async with oona.subscribe(kind, run_ids=run_ids, start=start) as subscription:
-        position = subscription.start_offset
         stopper = asyncio.create_task(drain_when_told())
         try:
             async for record in subscription:
                 write(kind, record)
-                position = record.offset + 1
         finally:
             stopper.cancel()
-    return oona_pb2.StartAt(offset=position)
+    return oona_pb2.StartAt(offset=subscription.next_offset)
 
 
 def _kind_of(path: Path, channel: Channel, schemas: Mapping[int, Schema]) -> event_pb2.Kind.ValueType:

@@ -113,6 +113,14 @@ class Subscription:
             await self._wait_for_records()
         return self._take()
 
+    @property
+    def next_offset(self) -> int:
+        """Offset from which a private reader goes on: behind all that has arrived, and all that is not for it.
+
+        It stays where it is once the subscription is drained, and is 0 before the server has taken it.
+        """
+        return self._request.start.offset
+
     async def batches(self) -> AsyncGenerator[list[event_pb2.Record], None]:
         """Iterate over whatever has arrived, at least one record at a time: fewer awaits than record by record."""
         while True:
@@ -234,7 +242,8 @@ class Subscription:
     def on_progress(self, high_watermark: int) -> None:
         """The server has sent everything there is."""
         self.high_watermark = high_watermark
-        self._goes_on_at(high_watermark)
+        if not self._ended:  # What came since is not here.
+            self._goes_on_at(high_watermark)
         self._caught_up.set()
 
     def on_closed(self, closed: oona_pb2.Closed) -> None:

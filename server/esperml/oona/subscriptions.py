@@ -240,7 +240,10 @@ class PrivateReader(Subscription):
             self._waker.set()
             return
         self._next = end
-        if self._says_progress is None:
+        if (self._told_high_watermark or self.start_offset) < self._topic.bounds.earliest:
+            # The place from which it would go on after a break is there no longer; the one where it is has to be said.
+            self._waker.set()
+        elif self._says_progress is None:
             loop = asyncio.get_running_loop()
             self._says_progress = loop.call_later(_PASSED_PROGRESS_INTERVAL_S, self._say_progress)
 
