@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("nats")
 
+from esperml.oona.jetstream.connecting import without_passwords
 from esperml.oona.jetstream.groups import decode_letter, encode_letter
-from esperml.oona.jetstream.link import Stored, without_passwords
+from esperml.oona.jetstream.link import Stored
 from esperml.oona.jetstream.names import TopicNames, from_token, to_token
 from esperml.oona.jetstream.records import (
     FRAME_HEADER,

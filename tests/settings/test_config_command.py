@@ -71,6 +71,16 @@ def test_help_answers_fast_because_it_imports_nothing_heavy(arguments: list[str]
     assert min(durations) < 0.3
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_addresses_are_shown_without_passwords(form: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = "nats://ann:s3cret@one:4222, bob:s3cret@two,tls://three:4222"
+    monkeypatch.setenv("ESPER_OONA__JETSTREAM__SERVERS", addresses)
+    said = CliRunner().invoke(main, ["config", "show", *form]).stdout
+    assert "s3cret" not in said
+    assert "@one:4222" in said
+    assert "@two,tls://three:4222" in said
+
+
 def test_help_lists_every_command() -> None:
     said = CliRunner().invoke(main, ["--help"]).stdout
     assert [name for name in COMMANDS if name not in said] == []

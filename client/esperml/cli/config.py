@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Final
 
 import click
+
+_ADDRESSES: Final = frozenset({"oona.jetstream.servers", "oona.jetstream.monitoring"})
 
 
 @click.group()
@@ -35,7 +39,11 @@ def show(file: Path | None, as_json: bool) -> None:
         raise click.ClickException(str(error)) from error
     if as_json:
         document = {
-            source.key: {"value": source.value, "origin": source.origin, "description": source.description}
+            source.key: {
+                "value": _without_password(source.key, source.value),
+                "origin": source.origin,
+                "description": source.description,
+            }
             for source in listed
         }
         click.echo(json.dumps(document, indent=2, default=str))
@@ -49,5 +57,16 @@ def show(file: Path | None, as_json: bool) -> None:
     for source in listed:
         style = "" if source.origin == "default" else "bold green"
         # Not in columns, and not broken: whoever copies a name or a path from a narrow terminal gets the whole of it.
-        console.print(Text(f"{source.key} = {source.value}", style), Text(f"({source.origin})", "dim"), soft_wrap=True)
+        console.print(
+            Text(f"{source.key} = {_without_password(source.key, source.value)}", style),
+            Text(f"({source.origin})", "dim"),
+            soft_wrap=True,
+        )
         console.print(Padding(source.description, (0, 0, 0, 4), expand=False))
+
+
+def _without_password(key: str, value: object) -> object:
+    """A setting as it may be shown: of addresses, what stands before an @ may be a password."""
+    if key not in _ADDRESSES or not isinstance(value, str):
+        return value
+    return re.sub(r"(^|,\s*|://)[^\s,/]*@", r"\1…@", value)

@@ -11,20 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import nats.errors
-import structlog
-from nats.aio.client import Client
 
+from esperml.oona.jetstream.connecting import connect, split_addresses, without_passwords
 from esperml.oona.log import LogUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
     from esperml.settings import JetStreamSettings
-
-_log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 
@@ -38,8 +36,6 @@ _HEADER_ROOM: Final = 4096
 _LARGEST_MESSAGE: Final = 2**20
 # Subjects that one request for last messages may name.
 _MULTI_SUBJECTS: Final = 512
-# Bytes that may wait for the socket: a batch, and what goes on beside it.
-_PENDING_BYTES: Final = 128 * 2**20
 
 _WRONG_LAST_SEQUENCE: Final = 10071
 _WRONG_LAST_SUBJECT_SEQUENCE: Final = 10164
@@ -121,34 +117,7 @@ class Link:
         Raises:
             LogUnavailableError: none of the servers answers in time, or they do not let us in.
         """
-        options: dict[str, Any] = {}
-        if settings.credentials_file is not None:
-            options["user_credentials"] = str(settings.credentials_file)
-        if settings.tls_ca_file is not None:
-            options["tls"] = _tls(settings)
-        servers = split_addresses(settings.servers)
-        client = Client()
-        try:
-            async with asyncio.timeout(settings.timeout_s):
-                await client.connect(
-                    servers=servers,
-                    name="esper oona",
-                    error_cb=_on_error,
-                    reconnected_cb=_on_reconnected,
-                    connect_timeout=2,
-                    reconnect_time_wait=0.2,  # type: ignore[arg-type]
-                    max_reconnect_attempts=-1,
-                    # A server that stands still is left after three seconds, not four minutes.
-                    ping_interval=1,
-                    max_outstanding_pings=3,
-                    pending_size=_PENDING_BYTES,
-                    **options,
-                )
-        except (OSError, nats.errors.Error, TimeoutError) as error:
-            with suppress(OSError, nats.errors.Error):
-                await client.close()
-            raise LogUnavailableError(f"{without_passwords(servers)}: no NATS server answers: {error!r}") from error
-        return cls(client, servers)
+        return cls(await connect(settings), split_addresses(settings.servers))
 
     async def close(self) -> None:
         """Let the connection go."""
@@ -330,17 +299,6 @@ async def _cancellable(call: Awaitable[_T]) -> _T:
     return answer
 
 
-def split_addresses(text: str) -> list[str]:
-    """The addresses of a list that is separated by commas."""
-    return [address for part in text.split(",") if (address := part.strip())]
-
-
-def without_passwords(servers: Sequence[str]) -> str:
-    """The addresses as errors may show them, which clients see: without the user and the password before an @."""
-    shown = (server.rpartition("://") for server in servers)
-    return ", ".join(f"{scheme}{mark}{rest.rpartition('@')[2]}" for scheme, mark, rest in shown)
-
-
 def new_id() -> str:
     """A name that nobody else has."""
     return secrets.token_hex(12)
@@ -352,20 +310,3 @@ def _raise_error(answer: Mapping[str, Any]) -> None:
     code = error.get("err_code", 0)
     kind = ConflictError if code in {_WRONG_LAST_SEQUENCE, _WRONG_LAST_SUBJECT_SEQUENCE} else RefusedError
     raise kind(code, error.get("description", "it does not say why"))
-
-
-def _tls(settings: JetStreamSettings) -> Any:
-    import ssl
-
-    return ssl.create_default_context(cafile=settings.tls_ca_file)
-
-
-async def _on_error(error: Exception) -> None:
-    if isinstance(error, nats.errors.Error | OSError | TimeoutError):
-        _log.debug("nats_error", error=repr(error))
-    else:
-        _log.error("message_not_taken", exc_info=error)  # Of what we do with messages that come.
-
-
-async def _on_reconnected() -> None:
-    _log.info("nats_reconnected")

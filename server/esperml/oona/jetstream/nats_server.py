@@ -59,13 +59,22 @@ class NatsServer:
         name: its name.
         ports: for clients, for monitoring, and for the other servers.
         routes: ports of all servers of its cluster. Empty: it stands alone.
+        configuration: further lines of its configuration.
 
     Attributes:
         url: where clients reach it.
         monitoring: where it says how it is.
     """
 
-    def __init__(self, folder: Path, name: str, ports: tuple[int, int, int], routes: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        ports: tuple[int, int, int],
+        routes: Sequence[int] = (),
+        *,
+        configuration: Sequence[str] = (),
+    ) -> None:
         client, monitor, route = ports
         self.name = name
         self.url = f"nats://127.0.0.1:{client}"
@@ -82,7 +91,7 @@ class NatsServer:
         if routes:
             peers = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes)
             lines.append(f'cluster {{ name: oona, listen: "127.0.0.1:{route}", routes: [{peers}] }}')
-        (self._folder / "nats.conf").write_text("\n".join(lines) + "\n")
+        (self._folder / "nats.conf").write_text("\n".join([*lines, *configuration]) + "\n")
 
     @property
     def is_running(self) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import urllib.error
 import urllib.request
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, Final
 
 from esperml.contract import KINDS
-from esperml.oona.jetstream.link import RefusedError, split_addresses
+from esperml.oona.jetstream.connecting import split_addresses, without_passwords
+from esperml.oona.jetstream.link import RefusedError
 from esperml.oona.jetstream.names import TopicNames
 from esperml.oona.log import LogUnavailableError
 
@@ -111,8 +112,12 @@ def _sync_interval(address: str) -> str:
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/varz", timeout=_MONITOR_TIMEOUT_S) as response:  # noqa: S310
             config = json.load(response)["jetstream"]["config"]
-    except (OSError, urllib.error.URLError, ValueError, KeyError) as error:
-        raise LogUnavailableError(f"oona.jetstream.monitoring: {address} does not answer: {error}") from error
+    except (OSError, HTTPException, ValueError, KeyError) as error:
+        # Of an address that cannot be read, the error would show all.
+        why = error if isinstance(error, OSError) else "it must be like http://127.0.0.1:8222, of a nats-server"
+        raise LogUnavailableError(
+            f"oona.jetstream.monitoring: {without_passwords([address])} does not answer: {why}"
+        ) from error
     if config.get("sync_always"):
         return "always"
     return f"{config.get('sync_interval', 0) / 1e9:g} s"
