@@ -106,6 +106,29 @@ def test_what_is_for_another_session_is_left_alone(case, bench, germination):
     assert session.summary().actions == ()
 
 
+def test_what_was_proposed_to_a_superseded_session_waits_no_more(case, bench):
+    here = case("mlp")
+    decisions = [
+        decision_pb2.AdaptationDecision(decision_id=name, disposition=disposition, reason="widen 0", **expiry)
+        for name, disposition, expiry in (
+            ("waits", decision_pb2.DISPOSITION_PENDING, {}),
+            ("waits a while", decision_pb2.DISPOSITION_PENDING, {"expires_after_step": 1000}),
+            ("expired", decision_pb2.DISPOSITION_PENDING, {"expires_after_step": 1}),
+            ("vetoed", decision_pb2.DISPOSITION_VETOED, {}),
+        )
+    ]
+    with connect(here, bench.link, mode="advise") as session:
+        bench.notices = [run_pb2.Notice(code=run_pb2.NOTICE_CODE_PROPOSED, decision=decision) for decision in decisions]
+        train(here, session, 5)
+        assert [proposal.pending for proposal in session.summary().proposals] == [True, True, False, False]
+        bench.notices = [run_pb2.Notice(code=run_pb2.NOTICE_CODE_SUPERSEDED, text="this one is over")]
+        train(here, session, 5)
+        proposals = session.summary().proposals
+    assert not any(proposal.pending for proposal in proposals)
+    taken_over = "another session took over before it was approved"
+    assert [proposal.fate for proposal in proposals] == [taken_over, taken_over, "expired after step 1", "vetoed"]
+
+
 @pytest.mark.parametrize(("mode", "fate"), [("observe", "recorded only"), ("advise", "waits for approval until step")])
 def test_the_summary_says_what_was_proposed(case, controller, mode, fate):
     here = case("mlp")

@@ -111,8 +111,20 @@ def test_rebuilding_comes_to_the_same(tools, tmp_path, pair):
     rebuilt = tools.controller(tmp_path)
     rebuilt.rebuild([*first.said, *second.said])
     assert rebuilt.run("run") == second.controller.run("run")
+
+
+def test_an_older_session_that_lives_on_is_told_after_rebuilding_whoever_was_told_before(tools, tmp_path, pair):
+    first, second = pair
+    first.clock = 3_000
+    first.report(300)
+    rebuilt = tools.controller(tmp_path)
+    rebuilt.rebuild([*first.said, *second.said])
     first.controller = rebuilt
-    assert first.report(400) == []
+    assert notices(first.report(400)) == {
+        "first": run_pb2.NOTICE_CODE_SUPERSEDED,
+        "second": run_pb2.NOTICE_CODE_CONTENDED,
+    }
+    assert first.report(500) == []
 
 
 def test_only_so_many_earlier_sessions_are_remembered(tools, tmp_path):

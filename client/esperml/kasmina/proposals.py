@@ -42,6 +42,7 @@ class Proposals:
     """Remembers what was proposed, the last thousand of it."""
 
     def __init__(self) -> None:
+        self._abandoned = False
         self._latest: OrderedDict[str, decision_pb2.AdaptationDecision] = OrderedDict()
 
     def take(self, decision: decision_pb2.AdaptationDecision) -> None:
@@ -55,16 +56,22 @@ class Proposals:
         if decision_id in self._latest:
             self._latest[decision_id].disposition = decision_pb2.DISPOSITION_SENT
 
+    def abandon(self) -> None:
+        """Note that another session has taken over: what still waits can be approved no more."""
+        self._abandoned = True
+
     def at(self, step: int) -> tuple[Proposal, ...]:
         """The proposals and how they stand at ``step``, oldest first."""
-        return tuple(_proposal(decision, step) for decision in self._latest.values())
+        return tuple(_proposal(decision, step, self._abandoned) for decision in self._latest.values())
 
 
-def _proposal(decision: decision_pb2.AdaptationDecision, step: int) -> Proposal:
+def _proposal(decision: decision_pb2.AdaptationDecision, step: int, is_abandoned: bool) -> Proposal:
     fate = _FATES.get(decision.disposition, "not known")
     pending = decision.disposition == decision_pb2.DISPOSITION_PENDING
     last = decision.expires_after_step
     if pending and last:
         pending = step <= last
         fate = f"{fate} until step {last}" if pending else f"expired after step {last}"
+    if pending and is_abandoned:
+        pending, fate = False, "another session took over before it was approved"
     return Proposal(decision.decision_id, decision.step, decision.reason, fate, pending)

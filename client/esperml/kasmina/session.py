@@ -309,6 +309,7 @@ class Session:
             self._remark(f"notice {event.notice.code}", event.notice.text)
             if event.notice.code == run_pb2.NOTICE_CODE_SUPERSEDED:
                 self._superseded = True
+                self._proposals.abandon()
                 self._reporter.disarm()
 
     def _remark(self, about: str, words: str) -> None:

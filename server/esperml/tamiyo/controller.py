@@ -22,7 +22,7 @@ from esperml.tamiyo.checkpoint import CheckpointError
 from esperml.tamiyo.rewards import LossCurve
 from esperml.tamiyo.run_control import RunControl
 from esperml.tamiyo.run_state import NotPendingError, Outgoing, RunState
-from esperml.tamiyo.sessions import contest, not_followed, stale_reports, superseded_by
+from esperml.tamiyo.sessions import contest, forget_contests, not_followed, stale_reports, superseded_by
 from esperml.tamiyo.store import PolicyStore, UnknownPolicyError
 from esperml.v1 import decision_pb2, event_pb2, graph_pb2, runs_pb2
 
@@ -155,6 +155,7 @@ class Controller:
         finally:
             for run_id in run_ids & self._runs.keys():
                 self._runs[run_id].go_live()
+                forget_contests(self._runs[run_id].run)
         outgoing: Outgoing = []
         for held in waiting.values():
             outgoing += self._release(held)

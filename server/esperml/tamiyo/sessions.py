@@ -87,6 +87,14 @@ def contest(run: RunState, event: event_pb2.Event) -> Outgoing:
     ]
 
 
+def forget_contests(run: RunState) -> None:
+    """Forget which sessions were found still at work: one that lives on is told the next time it is heard from.
+
+    The record does not say who was told, and to be told twice does no harm.
+    """
+    run.superseded = dict.fromkeys(run.superseded, False)
+
+
 def not_followed(run: RunState, start: event_pb2.Event) -> Outgoing:
     """The notice to a run that finds no place.
 
