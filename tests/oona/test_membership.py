@@ -197,6 +197,26 @@ async def test_an_acknowledgement_that_cannot_be_stored_is_stored_with_the_next(
     assert bus.broker.groups(EVENTS)[0].committed_offset == 2
 
 
+async def test_every_acknowledgement_among_many_gaps_is_stored_when_it_is_confirmed(bus, store, monkeypatch):
+    monkeypatch.setattr("esperml.oona.saver._SHORT", 2)
+    await store(200)
+    member = await bus.broker.subscribe(subscribe(group="g"), discard)
+    running = asyncio.create_task(member.run())
+    member.grant(200, 2**20)
+    state = bus.broker._groups[EVENTS, "g"].state
+    while state.waiting or state.cursor < 200:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    odd = range(1, 200, 2)
+    acked = [member.ack(oona_pb2.Ack(acked=[oona_pb2.OffsetRange(first=offset, last=offset)])) for offset in odd]
+    await asyncio.gather(*acked)
+    # As after a crash: the member leaves, and is not heard.
+    await bus.break_off()
+    running.cancel()
+    member.close()
+    await bus.start()
+    assert list(bus.broker._groups[EVENTS, "g"].state.progress.done) == [(offset, offset) for offset in odd]
+
+
 async def test_a_stream_on_which_nothing_is_said_is_ended(bus, open_stream, monkeypatch):
     monkeypatch.setattr("esperml.oona.stream._OPEN_TIMEOUT_S", 0.05)
     async with open_stream(bus.target, None) as stream:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -41,6 +42,12 @@ def test_a_prefix_ends_at_the_first_number_that_is_not_inside(pairs, start):
     expected = next(number for number in range(start, 100) if number not in inside)
     assert held.pop_prefix(start) == expected
     assert numbers(held) == {number for number in inside if number > expected}
+
+
+@given(ranges)
+def test_as_json_it_is_its_ranges(pairs):
+    held = RangeSet(pairs)
+    assert json.loads(held.to_json()) == [list(pair) for pair in held]
 
 
 @given(ranges)

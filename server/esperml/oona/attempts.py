@@ -38,8 +38,9 @@ class Attempts:
         self._tried = [Tried(*item) for item in tried]
         self._firsts = [item.first for item in self._tried]
 
-    def __bool__(self) -> bool:
-        return bool(self._tried)
+    def __len__(self) -> int:
+        """How many ranges there are."""
+        return len(self._tried)
 
     def __iter__(self) -> Iterator[Tried]:
         return iter(self._tried)

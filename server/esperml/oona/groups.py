@@ -118,6 +118,11 @@ class Group:
         return GroupProgress(self._committed, self._done.copy(), tuple(self._attempts))
 
     @property
+    def progress_length(self) -> int:
+        """Ranges that :attr:`progress` has."""
+        return len(self._done) + len(self._attempts)
+
+    @property
     def committed(self) -> int:
         """Everything below is done with."""
         return self._committed

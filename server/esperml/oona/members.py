@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from esperml.oona.groups import Group, Member
 from esperml.oona.letters import Letters
 from esperml.oona.log import DeadLetter
+from esperml.oona.saver import Saver
 from esperml.oona.subscriptions import Subscription
 from esperml.oona.wire import EncodedRecords
 from esperml.v1 import oona_pb2
@@ -56,10 +57,15 @@ class SharedGroup:
         self._burying = asyncio.Lock()
         self._behind_floor: set[Member] = set()
         self._wakers: dict[Member, Callable[[], None]] = {}
+        self._saver = Saver(self._store, lambda: self.state.progress_length)
         self._server_ends = False
 
     def save(self) -> asyncio.Future[None]:
-        """Store the progress, and what became of dead letters."""
+        """Store the progress, and what became of dead letters; long progress not as often as it changes."""
+        # Who lists dead letters reads them from the log.
+        return self._store() if self.letters.unsaved else self._saver.save()
+
+    def _store(self) -> asyncio.Future[None]:
         unsaved = dict(self.letters.unsaved)
         stored = self._log.save_group(self._topic.kind, self.name, self.state.progress, unsaved)
 
@@ -106,6 +112,7 @@ class SharedGroup:
     def server_ends(self) -> None:
         """From now on, members that leave do so because the server ends, which is no record's fault."""
         self._server_ends = True
+        self._saver.end()
 
     def purged(self, earliest: int) -> None:
         """Note that offsets below ``earliest`` are gone: members are told where some had yet to be read."""

@@ -74,6 +74,14 @@ class RangeSet:
         del self._firsts[:end], self._lasts[:end]
         return start
 
+    def to_json(self) -> str:
+        """The ranges as a JSON array of arrays ``[first, last]``, ascending."""
+        # A tenth of a million of them are written several times as fast at one go as by the ``json`` module.
+        numbers = [0] * (2 * len(self._firsts))
+        numbers[::2] = self._firsts
+        numbers[1::2] = self._lasts
+        return f"[{','.join(['[%d,%d]'] * len(self._firsts))}]" % tuple(numbers)
+
     def copy(self) -> RangeSet:
         """An independent copy."""
         other = RangeSet()

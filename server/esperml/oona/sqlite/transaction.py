@@ -111,7 +111,7 @@ class Transaction:
             "ON CONFLICT (kind, name) DO UPDATE "
             "SET committed = excluded.committed, done = excluded.done, attempts = excluded.attempts",
             [
-                (kind, name, p.committed, json.dumps(list(p.done)), json.dumps(list(p.attempts)))
+                (kind, name, p.committed, p.done.to_json(), json.dumps(list(p.attempts)))
                 for (kind, name), p in self.groups.items()
             ],
         )
