@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from esperml import kasmina
 from esperml.client import OonaClient, new_event
@@ -167,6 +168,30 @@ async def test_an_event_that_the_server_refuses_does_not_stop_those_after_it(bus
     await asyncio.to_thread(publish)
     assert len(await stored(bus, event_pb2.KIND_EVENTS)) == 1
     assert await stored(bus, event_pb2.KIND_TELEMETRY) == []
+
+
+def test_a_thread_that_hangs_does_not_keep_the_training_loop(unused_port, monkeypatch):
+    monkeypatch.setattr(grpc_link, "_BREAK_OFF_TIMEOUT_S", 0.05)
+    link = kasmina.GrpcLink(f"127.0.0.1:{unused_port}", "r")
+    gate, hangs = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        assert gate.wait(DEADLINE_S)
+
+    try:
+        link._loop.call_soon_threadsafe(hang)
+        assert hangs.wait(DEADLINE_S)
+        link.publish(event_pb2.KIND_EVENTS, new_event("r", run_ended=run_pb2.RunEnded()))
+        with capture_logs() as logs:
+            link.close(0.05)
+        assert link._thread.is_alive()
+        assert {"link_left_behind", "events_not_sent"} <= {entry["event"] for entry in logs}
+        assert not link.statistics().connected
+    finally:
+        gate.set()
+        link._thread.join(DEADLINE_S)
+    assert not link._thread.is_alive()
 
 
 async def test_a_link_is_a_link_and_closes_twice(bus):

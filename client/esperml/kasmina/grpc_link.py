@@ -51,6 +51,8 @@ _FRAME_EVENTS: Final = 64
 _FRAME_INTERVAL_S: Final = 0.1
 _UNREACHED_TIMEOUT_S: Final = 1.0
 _SETTLE_S: Final = 0.02
+# Time for the thread to break off what it is at, in s. One that hangs for longer is left to end with the process.
+_BREAK_OFF_TIMEOUT_S: Final = 5.0
 _REFUSED_RETRY_S: Final = 10.0
 # Time before commands are asked for anew, where what was to be read next is not there, in s.
 _RESTART_S: Final = 1.0
@@ -128,13 +130,19 @@ class GrpcLink:
         return LinkStatistics(self._reports_dropped, self._others_dropped, self._sender_seconds, connected)
 
     def close(self, timeout_s: float) -> None:
-        """Send what is left, for at most ``timeout_s`` seconds, 1 s where there is no server, and end the thread."""
+        """Send what is left, for at most ``timeout_s`` seconds, 1 s where there is no server, and end the thread.
+
+        A thread that cannot be ended, because something beneath it hangs, is left behind after 5 s more: the training
+        loop goes on, and the process ends without it.
+        """
         self._closing = True
         self._notify()
         self._thread.join(timeout_s if self.statistics().connected else min(timeout_s, _UNREACHED_TIMEOUT_S))
         if self._thread.is_alive():
             self._call_soon(self._cancel)
-            self._thread.join()
+            self._thread.join(_BREAK_OFF_TIMEOUT_S)
+            if self._thread.is_alive():
+                _log.warning("link_left_behind", target=self._target, run_id=self._run_id)
         left = len(self._reports) + len(self._others) + self._in_flight
         self._all_sent = left == 0
         if left:
