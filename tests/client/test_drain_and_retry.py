@@ -197,6 +197,10 @@ async def test_a_subscription_that_stood_waits_out_what_a_new_stream_refuses(eve
         await oona.publish(EVENTS, events(0))
         while subscription.high_watermark != 4:  # noqa: ASYNC110
             await asyncio.sleep(0)
+        assert (subscribed, published) == (4, 2)
+        # It heard nothing of the two refusals: it ends because it is told to, and without an error.
+        subscription.drain()
+        assert [record async for record in subscription] == []
 
 
 async def test_a_new_subscription_that_is_refused_says_so_at_once():

@@ -329,8 +329,11 @@ def test_the_thread_in_the_background_ends_with_the_last_client(server, run):
 
 def test_a_subscription_outlives_its_client_no_longer_than_it_must(server, run):
     oona = SyncOonaClient(server.target, client_id=run)
-    with oona, oona.subscribe(EVENTS):
+    with oona, oona.subscribe(EVENTS) as subscription:
         oona.close()
+        with pytest.raises(ClientClosedError):
+            next(subscription)
+        assert "esper-oona" not in {thread.name for thread in threading.enumerate()}
 
 
 SCRIPT = """

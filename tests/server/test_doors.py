@@ -28,7 +28,7 @@ from esperml.oona.access import Role
 from esperml.server import app, watch
 from esperml.server.interceptor import NEEDS
 from esperml.server.tokens import revoke
-from esperml.v1 import decision_pb2, event_pb2, oona_pb2, run_pb2, tamiyo_pb2
+from esperml.v1 import decision_pb2, event_pb2, oona_pb2, run_pb2, runs_pb2, tamiyo_pb2
 from esperml.v1 import health_pb2 as report_pb2
 
 EVENTS, COMMANDS, TELEMETRY = event_pb2.KIND_EVENTS, event_pb2.KIND_COMMANDS, event_pb2.KIND_TELEMETRY
@@ -350,9 +350,11 @@ async def test_tamiyo_stands_in_for_itself_behind_tls_and_tokens(serve, authorit
         async with RunsClient(guarded.target, credentials=Credentials(token=viewer.token, **with_tls)) as runs:
 
             async def known() -> bool:
-                return [run.run_id for run in await runs.runs()] == ["mine"]
+                return bool(await runs.runs())
 
             await until(known)
+            [run] = await runs.runs()
+            assert (run.run_id, run.status) == ("mine", runs_pb2.RUN_STATUS_RUNNING)
 
 
 async def test_a_refused_caller_is_logged_with_its_name_and_never_with_its_token(serve, make_token, capsys):
