@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Self
 from esperml.client.background import background_loop
 from esperml.client.credentials import NO_CREDENTIALS, Credentials
 from esperml.client.errors import ClientClosedError
-from esperml.client.oona import CREDIT_BYTES, OonaClient
+from esperml.client.oona import OonaClient
+from esperml.client.subscribing import CREDIT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator, Sequence

@@ -19,6 +19,7 @@ from esperml.tamiyo.experience import OpenExperience
 from esperml.tamiyo.rewards import LossCurve, paired_reward
 from esperml.tamiyo.run_state import MAX_AHEAD, Flight, Outgoing, RunState
 from esperml.tamiyo.sessions import stale_reports
+from esperml.tamiyo.telling import tell
 from esperml.tamiyo.view import StateView
 from esperml.v1 import decision_pb2, event_pb2, experience_pb2, graph_pb2, health_pb2, run_pb2, runs_pb2
 
@@ -352,34 +353,7 @@ class RunControl:
         if waits and decision.action.WhichOneof("kind") == "germinate":
             names = (decision.target.source_layer, decision.target.target_layer)
             run.in_flight[decision.decision_id] = Flight(names, decision.action.germinate.parameter_budget)
-        return self._told(decision, at)
-
-    def _told(self, decision: decision_pb2.AdaptationDecision, at: Timestamp) -> Outgoing:
-        """The decision as it stands, and the command where it is sent, or where it may not be, the notice of it."""
-        told = self.run.event(f"{decision.decision_id}/{decision.disposition}", at, decision.decision_id)
-        told.decision.CopyFrom(decision)
-        outgoing: Outgoing = [(event_pb2.KIND_DECISIONS, told)]
-        if decision.disposition == decision_pb2.DISPOSITION_SENT:
-            sent = self.run.event(f"{decision.decision_id}/command", at, decision.decision_id)
-            sent.command.CopyFrom(
-                decision_pb2.Command(
-                    decision_id=decision.decision_id,
-                    target=decision.target,
-                    action=decision.action,
-                    decided_at_step=decision.step,
-                    expires_after_step=decision.expires_after_step,
-                    reason=decision.reason,
-                )
-            )
-            outgoing.append((event_pb2.KIND_COMMANDS, sent))
-        elif decision.mode != decision_pb2.MODE_ACT and decision.disposition != decision_pb2.DISPOSITION_NONE:
-            what = f"{decision.decision_id}/{decision.disposition}/notice"
-            proposed = self.run.event(what, at, decision.decision_id)
-            proposed.notice.CopyFrom(
-                run_pb2.Notice(code=run_pb2.NOTICE_CODE_PROPOSED, text=decision.reason, decision=decision)
-            )
-            outgoing.append((event_pb2.KIND_COMMANDS, proposed))
-        return outgoing
+        return tell(self.run, decision, at)
 
     # What a person says.
 
@@ -387,7 +361,7 @@ class RunControl:
         """Send a pending decision. Raises :class:`NotPendingError` where it does not wait (any more)."""
         decision = self.run.take_pending(decision_id)
         decision.disposition = decision_pb2.DISPOSITION_SENT
-        return self._told(decision, at)
+        return tell(self.run, decision, at)
 
     def veto(self, decision_id: str, reason: str, at: Timestamp) -> Outgoing:
         """Refuse a pending decision. Raises :class:`NotPendingError` where it does not wait (any more)."""
@@ -396,7 +370,7 @@ class RunControl:
         if reason:
             decision.reason = f"{decision.reason} Vetoed: {reason}"
         self.run.in_flight.pop(decision_id, None)
-        return self._told(decision, at)
+        return tell(self.run, decision, at)
 
 
 _DISPOSITIONS: Final = {
