@@ -8,6 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
+from google.protobuf.duration_pb2 import Duration
 
 from esperml.oona.admission import Admission, Doors
 from esperml.oona.log import GroupProgress
@@ -171,10 +173,41 @@ async def test_a_member_without_credit_holds_up_its_group_only_until_it_leaves(
         await working.answer(publish=first)
         assert [record.offset for record in await working.records(4)] == [1, 3, 5, 7]
         second = oona_pb2.Publish(kind=EVENTS, first_sequence=9, events=[make_event("b")])
-        await working.answer(publish=second)
+        with structlog.testing.capture_logs() as logs:
+            await working.answer(publish=second)
+            while not logs:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        [held_up] = logs
+        assert held_up["event"] == "group_held_up"
+        assert (held_up["kind"], held_up["group"], held_up["waiting_spans"]) == ("events", "g", 4)
+        assert (held_up["longest_run"], held_up["longest_run_spans"]) == ("a", 4)
+        assert (held_up["behind"], held_up["member"]) == ("member", "stuck/1")
         assert bus.broker._groups[EVENTS, "g"].state.cursor == 8
+        assert bus.broker.waiting(EVENTS) == {"g": 4}
         await stuck.answer(unsubscribe=oona_pb2.Unsubscribe(subscription_id=1))
         assert [record.offset for record in await working.records(5)] == [0, 2, 4, 6, 8]
+
+
+async def test_a_run_whose_delay_is_long_holds_up_its_group_beyond_a_limit_which_is_logged_once(
+    bus, open_stream, make_event, monkeypatch
+):
+    monkeypatch.setattr("esperml.oona.members._MAX_WAITING", 3)
+    redelivery = oona_pb2.Redelivery(min_delay=Duration(seconds=60), max_delay=Duration(seconds=60))
+    async with open_stream(bus.target) as stream:
+        await stream.answer(subscribe=subscribe(group="g", redelivery=redelivery))
+        await stream.send(grant=oona_pb2.Grant(subscription_id=1, messages=100))
+        first = oona_pb2.Publish(kind=EVENTS, first_sequence=1, events=[make_event(run) for run in "abababab"])
+        await stream.answer(publish=first)
+        await stream.records(8)
+        with structlog.testing.capture_logs() as logs:
+            await stream.answer(ack=oona_pb2.Ack(subscription_id=1, nacked=[0]))
+            for sequence in (9, 10):
+                more = oona_pb2.Publish(kind=EVENTS, first_sequence=sequence, events=[make_event("b")])
+                await stream.answer(publish=more)
+            while not logs:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        [held_up] = logs
+        assert (held_up["event"], held_up["longest_run"], held_up["behind"]) == ("group_held_up", "a", "delay")
 
 
 async def test_an_acknowledgement_that_cannot_be_stored_is_stored_with_the_next(bus, open_stream, store):

@@ -76,6 +76,7 @@ async def test_counts_follow_what_goes_through_the_bus(bus, make_event):
     assert value("oona_log_bytes", of_kind) > 0
     assert value("oona_group_lag", of_group) > 0
     assert value("oona_group_members", of_group) == 0
+    assert value("oona_group_waiting_spans", of_group) == 0
 
 
 def test_values_fall_at_the_first_bound_that_they_do_not_exceed():

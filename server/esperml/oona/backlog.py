@@ -58,6 +58,10 @@ class Backlog:
         """When the first delay is over, on the caller's clock."""
         return min((delay.until_s for delay in self.delays.values()), default=None)
 
+    def longest(self) -> tuple[int, str]:
+        """Of which run most spans wait, and how many; 0 of a run without a name where none do."""
+        return max(((len(queue), run_id) for run_id, queue in self._runs.items()), default=(0, ""))
+
     def append(self, span: Span) -> None:
         """Put in a span behind all of its run."""
         self._count += 1

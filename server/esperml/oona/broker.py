@@ -27,7 +27,7 @@ from esperml.oona.validation import (
 from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from esperml.oona.log import DeadLetter, Log
     from esperml.oona.subscriptions import Emit, ServedSubscription
@@ -183,6 +183,10 @@ class Broker:
             for (of_kind, name), group in sorted(self._groups.items())
             if of_kind == kind
         ]
+
+    def waiting(self, kind: event_pb2.Kind.ValueType) -> Mapping[str, int]:
+        """Spans of records that wait for the members of each group that is served here, by its name."""
+        return {name: group.state.waiting for (of_kind, name), group in self._groups.items() if of_kind == kind}
 
     async def purge(self, kind: event_pb2.Kind.ValueType, before: int) -> int:
         """Delete records below an offset, as far as they fill whole frames. Returns the first that is still there.

@@ -27,6 +27,10 @@ class Credit:
     bytes: int = 0
     unmetered: int = 0
 
+    def __bool__(self) -> bool:
+        """Whether there is some left."""
+        return bool(self.messages or self.unmetered)
+
     def grant(self, messages: int, size: int) -> None:
         """Add credit for ``messages`` records with ``size`` bytes together; 0 bytes: as many as they need."""
         if size:

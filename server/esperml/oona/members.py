@@ -6,6 +6,9 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
+from esperml.contract import kind_name
 from esperml.oona.groups import Group, Member
 from esperml.oona.letters import Letters
 from esperml.oona.log import DeadLetter
@@ -24,9 +27,13 @@ if TYPE_CHECKING:
     from esperml.oona.subscriptions import Emit
     from esperml.oona.topic import Topic
 
+_logger = structlog.get_logger(__name__)
+
 # Spans (see groups.py) that may be known by offset and wait for members' credit. Beyond them a member that grants
-# nothing holds up the others of its group.
+# nothing, or a run whose delay is not over, holds up the others of its group.
 _MAX_WAITING: Final = 65_536
+# How often at most it is said of a group that it is held up.
+_HELD_UP_INTERVAL_S: Final = 60.0
 
 
 class SharedGroup:
@@ -59,6 +66,7 @@ class SharedGroup:
         self._wakers: dict[Member, Callable[[], None]] = {}
         self._saver = Saver(self._store, lambda: self.state.progress_length)
         self._server_ends = False
+        self._says_held_up_from_s = 0.0
 
     def save(self) -> asyncio.Future[None]:
         """Store the progress, and what became of dead letters; long progress not as often as it changes."""
@@ -127,6 +135,28 @@ class SharedGroup:
         """Let every member look again."""
         for wake in self._wakers.values():
             wake()
+
+    def starves(self, member: Member) -> None:
+        """Say that a member with credit has nothing to get, if that is because what waits for others holds it up."""
+        now_s = asyncio.get_running_loop().time()
+        if self.state.waiting < _MAX_WAITING or now_s < self._says_held_up_from_s:
+            return
+        if self.state.cursor >= self._topic.bounds.next or self.state.peek(member) is not None:
+            return
+        self._says_held_up_from_s = now_s + _HELD_UP_INTERVAL_S
+        spans, run_id, holder = max(
+            ((*one.backlog.longest(), one) for one in self.state.members), key=lambda longest: longest[0]
+        )
+        _logger.warning(
+            "group_held_up",
+            kind=kind_name(self._topic.kind),
+            group=self.name,
+            waiting_spans=self.state.waiting,
+            longest_run=run_id,
+            longest_run_spans=spans,
+            behind="delay" if run_id in holder.backlog.delays else "member",
+            member=holder.name or None,
+        )
 
     async def route(self) -> bool:
         """Read on and queue records for their members. Returns whether there were any.
@@ -257,6 +287,8 @@ class MemberReader(Subscription):
         if await self._fill(delivery, loop.time()) or await self._fill_with_letters(delivery, loop.time()):
             return True
         if not delivery.count:
+            if not routed and self._credit:
+                self._group.starves(member)
             return routed
         await self._deliver(delivery)
         return True

@@ -77,6 +77,8 @@ def bus_metrics(broker: Broker, doors: Doors) -> Iterator[Metric]:
     lag = GaugeMetricFamily("oona_group_lag", "Records that a group is not done with.", labels=["kind", "group"])
     members = GaugeMetricFamily("oona_group_members", "Members of a group.", labels=["kind", "group"])
     letters = GaugeMetricFamily("oona_group_dead_letters", "Records that a group gave up on.", labels=["kind", "group"])
+    text = "Spans of records that wait for members of a group; with 65536 of them the group reads on no further."
+    waiting = GaugeMetricFamily("oona_group_waiting_spans", text, labels=["kind", "group"])
     for kind, name in kinds:
         topic = broker.topic(kind)
         floor.add_metric([name], topic.earliest_offset)
@@ -86,7 +88,9 @@ def bus_metrics(broker: Broker, doors: Doors) -> Iterator[Metric]:
             lag.add_metric([name, group.name], group.lag)
             members.add_metric([name, group.name], group.members)
             letters.add_metric([name, group.name], group.dead_letters)
-    yield from (floor, end, size, lag, members, letters)
+        for group_name, spans in broker.waiting(kind).items():
+            waiting.add_metric([name, group_name], spans)
+    yield from (floor, end, size, lag, members, letters, waiting)
 
     rejections = CounterMetricFamily("oona_requests_rejected", "Requests rejected.", labels=["reason"])
     for number, reason in oona_pb2.RejectReason.items():
