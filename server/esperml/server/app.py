@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -23,6 +23,7 @@ from esperml.oona import Doors, OonaService, add_to_server, server_options
 from esperml.oona.access import Role
 from esperml.oona.engines import open_broker
 from esperml.oona.metrics import bus_metrics
+from esperml.server.decoding import DecodingInterceptor
 from esperml.server.interceptor import TokenInterceptor
 from esperml.server.listening import check_exposure, listen
 from esperml.server.metrics import serving_metrics
@@ -90,7 +91,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event, ready: Callable[[str
         oona = OonaService(broker, doors)
         controller = Controller(policies, settings.tamiyo)
         own = NO_CREDENTIALS
-        interceptors = []
+        interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [DecodingInterceptor()]
         if file is not None:
             own = Credentials(token=file.tokens.add_internal("tamiyo@server", Role.CONTROLLER))
             interceptors.append(TokenInterceptor(file.tokens, doors.refusals))

@@ -119,11 +119,14 @@ class PolicyStore:
             relative_path: of its folder, relative to the policy folder.
 
         Raises:
-            InvalidFieldError: the name is empty or a plain policy's, or the path leads out of the policy folder.
+            InvalidFieldError: the name is empty or a plain policy's, or the path is none or leads out of the policy
+                folder.
             CheckpointError: the checkpoint cannot be used.
         """
         if not name or isinstance(self._policies.get(name), ChancePolicy):
             raise InvalidFieldError("name", f"{name!r} cannot name a promoted policy")
+        if "\0" in relative_path:
+            raise InvalidFieldError("checkpoint", f"{relative_path!r} cannot name a folder")
         folder = self._dir.resolve()
         path = (folder / relative_path).resolve()
         if not path.is_relative_to(folder):
