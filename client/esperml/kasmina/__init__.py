@@ -13,6 +13,7 @@
 """
 
 from esperml.kasmina.blueprints import Blueprint, register, registered, unregister
+from esperml.kasmina.connecting import connect
 from esperml.kasmina.errors import KasminaError, RefusedError, UnsupportedHostError
 from esperml.kasmina.evaluation import Evaluator
 from esperml.kasmina.geometry import Geometry
@@ -22,7 +23,7 @@ from esperml.kasmina.host import Host, KasminaLayer, Place, host_of, wrap
 from esperml.kasmina.link import Link, LinkStatistics, LocalLink
 from esperml.kasmina.proposals import Proposal
 from esperml.kasmina.seeds import Seed
-from esperml.kasmina.session import Session, connect
+from esperml.kasmina.session import Session
 from esperml.kasmina.summary import Summary
 
 __all__ = [

@@ -1,0 +1,107 @@
+"""Connecting a training run: what the user asks for is checked here, and a session made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from esperml.client.credentials import Credentials
+from esperml.kasmina.evaluation import Evaluator
+from esperml.kasmina.figures import client_version
+from esperml.kasmina.grpc_link import GrpcLink
+from esperml.kasmina.host import host_of
+from esperml.kasmina.link import Link
+from esperml.kasmina.session import Session
+from esperml.v1 import decision_pb2, graph_pb2, run_pb2
+
+ModeName = Literal["observe", "advise", "act"]
+
+_MODES: Final[Mapping[str, decision_pb2.Mode.ValueType]] = {
+    "observe": decision_pb2.MODE_OBSERVE,
+    "advise": decision_pb2.MODE_ADVISE,
+    "act": decision_pb2.MODE_ACT,
+}
+
+
+def connect(
+    target: str | Link,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    run: str,
+    scheduler: object | None = None,
+    evaluate: Evaluator | None = None,
+    mode: ModeName = "advise",
+    limits: graph_pb2.RunLimits | None = None,
+    policy: str = "",
+    paired_run: str = "",
+    labels: Mapping[str, str] | None = None,
+    report_every: int = 50,
+    evaluate_every: int | None = None,
+    credentials: Credentials | None = None,
+) -> Session:
+    """Connect a training run to Tamiyo. Never waits, and never fails for a server that is not there.
+
+    What it reports carries the W3C trace context in ``TRACEPARENT``, if the environment has one, and what is decided on
+    it carries it on.
+
+    Args:
+        target: address of the server, for example ``localhost:50051``, or a link.
+        model: a model that :func:`~esperml.kasmina.wrap` has wrapped.
+        optimizer: the optimizer that trains it.
+        run: name of the run, 1 to 128 characters, unique on the server.
+        scheduler: learning-rate scheduler, if there is one; it is extended when parameters join the optimizer.
+        evaluate: gives the held-out loss of the model; called with the model in evaluation mode and without
+            gradients, after which modes, buffers and random number generators are restored.
+        mode: how far Tamiyo may go: ``observe`` records only, ``advise`` waits for approval, ``act`` acts.
+        limits: what the run allows; no command can go beyond it. Absent fields are the server's defaults.
+        policy: name of the policy that shall decide; empty for the server's default.
+        paired_run: run of a twin that is left alone; see ``RunStarted.paired_run``.
+        labels: anything that you want to find again.
+        report_every: optimizer steps from one report to the next.
+        evaluate_every: optimizer steps from one evaluation to the next, a multiple of ``report_every``; by default
+            each report has one.
+        credentials: token and TLS, where the server asks for them. Default: what ``ESPER_TOKEN``, ``ESPER_CA`` and the
+            like say; see :meth:`~esperml.client.Credentials.from_environment`.
+
+    Raises:
+        CredentialsError: those variables do not go together.
+        KasminaError: the model is not wrapped.
+        ValueError: ``run``, ``mode``, ``report_every`` or ``evaluate_every`` is out of range.
+    """
+    if not 1 <= len(run) <= 128:
+        raise ValueError(f"run must have 1 to 128 characters, not {len(run)}")
+    if mode not in _MODES:
+        raise ValueError(f"mode must be one of {', '.join(_MODES)}, not {mode!r}")
+    if report_every < 1:
+        raise ValueError(f"report_every must be at least 1, not {report_every}")
+    if evaluate_every is not None and (evaluate_every < 1 or evaluate_every % report_every):
+        raise ValueError(f"evaluate_every must be a multiple of report_every ({report_every}), not {evaluate_every}")
+    host_of(model)
+    if isinstance(target, str):
+        credentials = Credentials.from_environment() if credentials is None else credentials
+        link: Link = GrpcLink(target, run, credentials=credentials)
+    else:
+        link = target
+    started = run_pb2.RunStarted(
+        limits=limits,
+        mode=_MODES[mode],
+        policy=policy,
+        paired_run=paired_run,
+        labels=labels,
+        client_version=client_version(),
+    )
+    return Session(
+        link,
+        model,
+        optimizer,
+        run=run,
+        started=started,
+        scheduler=scheduler,
+        evaluate=evaluate,
+        report_every=report_every,
+        evaluate_every=evaluate_every or report_every,
+    )
