@@ -233,16 +233,16 @@ class Group:
         """Settle what the member was delivered from ``first`` to ``last``, both inside; the rest is ignored."""
         for span in member.leases.take(first, last):
             self._finish(span.first, span.last)
-        if not self._attempts:
+        if not self._attempts or not self._attempts.within(first, last):
             return
         # Some came back: those that wait for this member count, those that wait for another do not.
-        if self._attempts.within(first, last):
-            for span in member.backlog.overlapping(first, last):
-                for tried in self._attempts.within(max(span.first, first), min(span.last, last)):
-                    self._finish(tried.first, tried.last)
-        delays = member.backlog.delays
-        for run_id in [run for run, delay in delays.items() if self._undone(delay.head, delay.head) is None]:
-            member.backlog.resume(run_id)
+        backlog = member.backlog
+        for span in backlog.overlapping(first, last):
+            for tried in self._attempts.within(max(span.first, first), min(span.last, last)):
+                self._finish(tried.first, tried.last)
+            delay = backlog.delays.get(span.run_id)
+            if delay is not None and self._undone(delay.head, delay.head) is None:
+                backlog.resume(span.run_id)
 
     def nack(self, member: Member, offsets: Iterable[int], now_s: float) -> None:
         """Take records back, with the later ones of their runs, to be delivered again.
