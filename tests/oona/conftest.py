@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -191,10 +192,17 @@ def open_stream():
 
 
 class BusProcess:
-    """The bus in a process of its own, on one file and, once it has one, on one port."""
+    """The bus in a process of its own, on one file and, once it has one, on one port.
 
-    def __init__(self, path: Path, **environment: str) -> None:
+    Args:
+        path: its log.
+        errors: takes what it writes to standard error. Default: that of the test.
+        environment: what its environment has beyond that of the test.
+    """
+
+    def __init__(self, path: Path, errors: Path | None = None, **environment: str) -> None:
         self.path = path
+        self.errors = errors
         self.port = 0
         self.environment = {**os.environ, **environment}
         self.process: subprocess.Popen[str]
@@ -205,12 +213,14 @@ class BusProcess:
 
     def launch(self) -> None:
         """Start it, and do not wait until it serves."""
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).parent / "serve_bus.py", self.path, str(self.port)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self.environment,
-        )
+        with contextlib.nullcontext() if self.errors is None else self.errors.open("a") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, Path(__file__).parent / "serve_bus.py", self.path, str(self.port)],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=self.environment,
+            )
 
     def start(self) -> None:
         """Start it, and wait until it serves."""
@@ -223,14 +233,29 @@ class BusProcess:
             self.process.send_signal(signal.SIGKILL)
             self.process.communicate()
 
+    def alive(self) -> dict[str, int]:
+        """How many tasks and streams there are in it."""
+        self.process.send_signal(signal.SIGUSR1)
+        assert self.process.stdout is not None
+        alive: dict[str, int] = json.loads(self.process.stdout.readline())
+        return alive
+
+    def resident_mb(self) -> float:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 @pytest.fixture
 def start_bus_process(tmp_path):
     """Starts a bus in a process of its own, with these environment variables; it is killed when the test ends."""
     started: list[BusProcess] = []
 
-    def start(path: Path | None = None, **environment: str) -> BusProcess:
-        process = BusProcess(path or tmp_path / "oona.sqlite", **environment)
+    def start(path: Path | None = None, errors: Path | None = None, **environment: str) -> BusProcess:
+        process = BusProcess(path or tmp_path / "oona.sqlite", errors, **environment)
         process.start()
         started.append(process)
         return process

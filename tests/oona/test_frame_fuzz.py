@@ -1,49 +1,57 @@
-"""The service under frames that make no sense: well-formed ones that ask for nonsense, and bytes that are no frames.
+"""The service under frames that make no sense: well-formed ones that ask for nonsense, bytes that are no frames, and
+clients that speak properly but for what they spoil.
 
-The short form takes seconds. ``FUZZ_FRAMES=1000000`` sends that many.
+The server is in a process of its own, and its memory is measured alone. Beside all that, a client that does no wrong
+must notice nothing. The short form takes seconds. ``FUZZ_FRAMES=1000000`` sends that many; ``-s`` shows the figures.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
+import itertools
 import os
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 import grpc
 import pytest
+from click.testing import CliRunner
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from esperml.cli.root import main
 from esperml.client import OonaClient, new_event
-from esperml.oona.stream import ClientStream
 from esperml.settings import LogSettings, configure_logging
-from esperml.v1 import event_pb2, health_pb2, oona_pb2, run_pb2
+from esperml.v1 import event_pb2, health_pb2, oona_pb2, oona_pb2_grpc, run_pb2
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fuzzing import EDGES, NAMES, mutated
+from visitor import DEADLINE_S, LAST, Visitor, stands
 
 FRAMES = int(os.environ.get("FUZZ_FRAMES", "0"))
-EXAMPLES = 200 if FRAMES else 12
-FRAMES_PER_EXAMPLE = max(FRAMES // EXAMPLES, 150)
+EXAMPLES = 200 if FRAMES else 10
+# Half of them are nonsense, half are spoiled by visitors.
+FRAMES_PER_EXAMPLE = max(FRAMES // EXAMPLES, 240)
+SPOILED_PER_VISIT = 30
 STREAMS_AT_ONCE = 4
 BURST = 24
-# No frame may hold up the service for longer. A stream whose client id another one takes ends sooner.
-DEADLINE_S = 30
-# Answered behind everything that came before it, for no stream has such a subscription.
-LAST = oona_pb2.StreamRequest(request_id=2**62 + 1, unsubscribe=oona_pb2.Unsubscribe(subscription_id=2**62 + 1))
+MAX_GROWTH_MB = 50
+KIND = event_pb2.KIND_EVENTS
 # What a stream may end with. UNKNOWN would be an exception that nobody expected.
 PROPER_ENDS = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED}
 
-EDGES = [0, 1, 2, 3, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 uint64s = st.sampled_from(EDGES) | st.integers(0, 2**64 - 1)
 small = st.integers(0, 4) | uint64s
 int32s = st.sampled_from([-(2**31), -1, 0, 1, 10**9 - 1, 10**9, 2**31 - 1])
 int64s = st.sampled_from([-(2**63), -1, 0, 1, 253_402_300_799, 253_402_300_800, 2**63 - 1])
-names = st.sampled_from(["", "a", "b", "\0", "☃", "x" * 128, "x" * 129, "' OR 1=1 --"])
+names = st.sampled_from(NAMES)
 kinds = st.integers(0, 7) | int32s
 times = st.builds(Timestamp, seconds=int64s, nanos=int32s)
 durations = st.builds(Duration, seconds=int64s, nanos=int32s)
@@ -111,40 +119,10 @@ frames = st.builds(
 ).map(oona_pb2.StreamRequest.SerializeToString)
 
 
-def mutated(frame: bytes, other: bytes, random: Random) -> bytes:
-    """A frame with one or two bytes, or pieces, not as they were."""
-    data = bytearray(frame)
-    for _ in range(random.randint(1, 2)):
-        at = random.randrange(len(data) + 1)
-        until = min(at + random.randint(1, 8), len(data))
-        match random.randrange(6):
-            case 0 if data:
-                data[at - 1] ^= 1 << random.randrange(8)
-            case 1:
-                del data[at:until]
-            case 2:
-                data[at:at] = data[at:until]
-            case 3:
-                data[at:at] = random.randbytes(random.randint(1, 8))
-            case 4:
-                del data[at:]
-            case _:
-                data[at:at] = other
-    return bytes(data)
-
-
-def stands(data: bytes) -> bool:
-    """Whether the stream stands after it: it is a frame, and does not open the stream once more."""
-    try:
-        return oona_pb2.StreamRequest.FromString(data).WhichOneof("request") != "open"
-    except DecodeError:
-        return False
-
-
 def bursts(seeds: list[bytes], random: Random) -> list[list[bytes]]:
     """So many frames, grown from the seeds, by the stream: what ends a stream comes last on it."""
     grown = []
-    for _ in range(FRAMES_PER_EXAMPLE):
+    for _ in range(FRAMES_PER_EXAMPLE // 2):
         frame, other = random.choice(seeds), random.choice(seeds)
         # One frame behind another in one is still a frame: its fields are those of both.
         grown.append(frame + other if random.random() < 0.5 else mutated(frame, other, random))
@@ -187,52 +165,90 @@ async def converse(channel: grpc.aio.Channel, stream: list[bytes]) -> grpc.Statu
         call.cancel()
 
 
-async def until(condition, what: str) -> None:
-    """Wait for a condition, and not for ever."""
+class Bystander:
+    """A client that does no wrong: it publishes numbered events of a run of its own, and its group reads them.
+
+    Args:
+        target: the server.
+    """
+
+    RUN = "bystander"
+
+    def __init__(self, target: str) -> None:
+        self._oona = OonaClient(target, client_id="bystander")
+        self._subscription = self._oona.subscribe(KIND, group="bystander", run_ids=[self.RUN])
+        self._stopping = False
+        self._working: asyncio.Task[int]
+
+    async def start(self) -> None:
+        await self._oona.__aenter__()
+        await self._subscription.__aenter__()
+        self._working = asyncio.create_task(self._work())
+
+    async def _work(self) -> int:
+        sent = 0
+        for size in itertools.cycle(range(1, 9)):
+            marks = [str(sent + index) for index in range(size)]
+            sent += size
+            async with asyncio.timeout(DEADLINE_S):
+                await self._oona.publish(
+                    KIND, [new_event(self.RUN, run_ended=run_pb2.RunEnded(error=m)) for m in marks]
+                )
+                records = [await anext(self._subscription) for _ in marks]
+                await self._subscription.ack(*records)
+            assert [record.event.run_ended.error for record in records] == marks
+            assert {record.delivery_attempt for record in records} == {1}
+            if self._stopping:
+                break
+            await asyncio.sleep(0.02)
+        return sent
+
+    async def finish(self) -> int:
+        """Check that everything was delivered once, in order; how many events that were."""
+        self._stopping = True
+        sent = await self._working
+        # Whoever reads it all once more finds the same, and nothing else.
+        end = (await self._oona.describe(KIND)).topic.next_offset
+        start = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
+        async with self._oona.subscribe(KIND, run_ids=[self.RUN], start=start, end_offset=end) as subscription:
+            marks = [record.event.run_ended.error async for record in subscription]
+        assert marks == [str(mark) for mark in range(sent)]
+        await self._oona.close()
+        return sent
+
+
+async def at_rest(bus, tasks: int) -> None:
+    """Wait until no more tasks are left in the server, and not for ever."""
     deadline = asyncio.get_running_loop().time() + DEADLINE_S
-    while not condition():
-        assert asyncio.get_running_loop().time() < deadline, what
-        await asyncio.sleep(0.001)
-
-
-def bus_tasks() -> set[asyncio.Task]:
-    """The tasks of the bus, those of gRPC that carry its streams among them."""
-    return {task for task in asyncio.all_tasks() if "/esperml/oona/" in repr(task) or "Oona/Stream" in repr(task)}
-
-
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def alive(kind: type) -> int:
-    gc.collect()
-    # By type: some libraries' objects warn of themselves when they are asked for their class.
-    return sum(issubclass(type(thing), kind) for thing in gc.get_objects())
+    while (now := await asyncio.to_thread(bus.alive))["tasks"] > tasks:
+        assert asyncio.get_running_loop().time() < deadline, f"{now['tasks']} tasks are left; there were {tasks}"
+        await asyncio.sleep(0.1)
+    # The traceback of an exception that gRPC has yet to forget may hold the last few.
+    assert now["streams"] <= 4 * STREAMS_AT_ONCE
 
 
 @pytest.fixture
 def ends():
+    """How streams ended."""
+    return Counter()
+
+
+@pytest.fixture
+def met():
+    """What visitors met."""
     return Counter()
 
 
 @pytest.fixture
 def resident():
-    """Resident memory after each example, in MB."""
+    """The server's resident memory after each example, in MB."""
     return []
 
 
 @pytest.fixture
-async def bus(bus):
+def bus(start_bus_process, tmp_path):
     """A bus that caches little: what it keeps on purpose is no leak."""
-    await bus.stop()
-    await bus.start(cache_bytes=2**20)
-    return bus
-
-
-@pytest.fixture
-async def tasks_at_rest(bus):
-    """What runs while nobody is there."""
-    return bus_tasks()
+    return start_bus_process(errors=tmp_path / "errors", ESPER_OONA__CACHE_BYTES=str(2**20), ESPER_LOG__LEVEL="warning")
 
 
 @pytest.fixture
@@ -242,33 +258,51 @@ async def channel(bus):
 
 
 @pytest.fixture
-async def served(bus, channel, ends, resident, caplog):
+async def served(bus, channel, ends, met, resident):
     """A bus that must be as good as new after the test."""
     configure_logging(LogSettings(level="warning"))
-    faults: list[dict] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
+    tasks = (await asyncio.to_thread(bus.alive))["tasks"]
+    bystander = Bystander(bus.target)
+    await bystander.start()
+    began_s, first_mb = time.perf_counter(), bus.resident_mb()
     yield bus
+    took_s, last_mb = time.perf_counter() - began_s, bus.resident_mb()
+    events = await bystander.finish()
+    await at_rest(bus, tasks)
+    oona = oona_pb2_grpc.OonaStub(channel)
+    groups = [
+        group
+        for kind in range(1, 7)
+        for group in (await oona.DescribeTopic(oona_pb2.DescribeTopicRequest(kind=kind))).groups
+    ]
+    print(f"{ends.total()} streams in {took_s:.0f} s: {dict(ends)}; visitors met {dict(met)}")
+    letters = sum(group.dead_letters for group in groups)
+    print(f"{len(groups)} groups have {letters} dead letters; all {events} events of the bystander are there")
+    print(
+        f"the server went from {first_mb:.1f} MB over {resident[len(resident) // 5]:.1f} MB, a fifth of the way, "
+        f"to {last_mb:.1f} MB"
+    )
     assert set(ends) <= {"stands", "cut", *PROPER_ENDS}
     assert ends["stands"] > 0, "some streams stand to their end"
     assert ends[grpc.StatusCode.INVALID_ARGUMENT] > 0, "some frames end their stream"
-    # The traceback of an exception that gRPC has yet to forget may hold the last few.
-    assert alive(ClientStream) <= 2 * STREAMS_AT_ONCE
-    assert all(group.members == 0 for kind in range(1, 7) for group in bus.broker.groups(kind))
-    assert faults == []
-    assert caplog.records == [], "gRPC logs exceptions that a method did not expect"
-    growth = resident[-1] - resident[len(resident) // 5]
-    assert growth < 50, f"memory grew by {growth:.0f} MB over {len(resident)} examples"
+    assert min(met[name] for name in ("published", "acked", "records", "again", "closed", "rejected")) > 0
+    assert letters > 0
+    assert all(group.members == 0 for group in groups)
+    growth = last_mb - resident[len(resident) // 5]
+    assert growth < MAX_GROWTH_MB, f"memory grew by {growth:.0f} MB over {len(resident)} examples"
     async with OonaClient(bus.target, client_id="a good client") as client:
         published = await client.publish(
-            event_pb2.KIND_EVENTS,
-            [new_event("run-1", run_ended=run_pb2.RunEnded(error="the end"))],
-            timeout_s=10,
+            KIND, [new_event("run-1", run_ended=run_pb2.RunEnded(error="the end"))], timeout_s=10
         )
         start = oona_pb2.StartAt(offset=published.first_offset)
-        async with client.subscribe(event_pb2.KIND_EVENTS, group="good", start=start) as subscription:
+        async with client.subscribe(KIND, group="good", start=start) as subscription:
             record = await anext(subscription)
             assert record.event.run_ended.error == "the end"
             assert await subscription.ack(record) == published.first_offset + 1
+    bus.kill()
+    assert bus.errors.read_text() == "", "what nobody expected is logged"
+    checked = CliRunner().invoke(main, ["log", "check", str(bus.path)])
+    assert checked.exit_code == 0, checked.output
 
 
 @settings(
@@ -279,17 +313,29 @@ async def served(bus, channel, ends, resident, caplog):
 )
 @given(seeds=st.lists(frames, min_size=12, max_size=24), number=st.integers(0, 2**32))
 @pytest.mark.timeout(0 if FRAMES else 120)
-async def test_nonsense_neither_hangs_nor_crashes_nor_leaks(
-    served, tasks_at_rest, channel, ends, resident, seeds, number
-):
-    streams = iter(bursts(seeds, Random(number)))
+async def test_nonsense_neither_hangs_nor_crashes_nor_leaks(served, channel, ends, met, resident, seeds, number):
+    random = Random(number)
+    streams = iter(bursts(seeds, random))
+    to_spoil = FRAMES_PER_EXAMPLE // 2
 
     async def talk() -> None:
         for stream in streams:
             ends[await converse(channel, stream)] += 1
 
+    async def visit(name: str) -> None:
+        nonlocal to_spoil
+        while to_spoil > 0:
+            # Now and then two come under one name, of which the first must go.
+            visitor = Visitor(channel, name if random.random() < 0.95 else "a visitor", random, SPOILED_PER_VISIT)
+            ends[await visitor.visit()] += 1
+            met.update(visitor.met)
+            to_spoil -= max(visitor.spoiled, 1)
+
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(STREAMS_AT_ONCE):
+        for place in range(STREAMS_AT_ONCE):
             tasks.create_task(talk())
-    await until(lambda: bus_tasks() <= tasks_at_rest, "tasks are left over")
-    resident.append(resident_mb())
+            tasks.create_task(visit(f"visitor-{place}"))
+    resident.append(served.resident_mb())
+    if len(resident) % (EXAMPLES // 10) == 0:
+        share = len(resident) / EXAMPLES
+        print(f"{share:.0%}: {ends.total()} streams, the server takes {resident[-1]:.1f} MB", flush=True)

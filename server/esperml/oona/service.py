@@ -88,7 +88,7 @@ class OonaService(oona_pb2_grpc.OonaServicer):
             frame: object = await context.read()
             if not isinstance(frame, oona_pb2.StreamRequest | UnreadableFrame):
                 # The end. Where the client has cancelled, let that arrive first: gRPC 1.85 keeps some bytes for ever
-                # of a stream that is ended in good order after its client has gone.
+                # of a status that can no longer be sent (grpc/grpc issue 43360).
                 for _ in range(3):
                     await asyncio.sleep(0)
                 return None
