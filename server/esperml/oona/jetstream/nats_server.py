@@ -101,7 +101,8 @@ class NatsServer:
     def start(self) -> None:
         """Start it. It may take a moment until it answers."""
         arguments = (find_nats_server(), "-c", self._folder / "nats.conf", "-l", self._folder / "nats.log")
-        self._process = subprocess.Popen(arguments)  # noqa: S603
+        # In a session of its own: Ctrl-C is for who started it, and decides what is stopped first.
+        self._process = subprocess.Popen(arguments, start_new_session=True)  # noqa: S603
 
     async def ready(self) -> None:
         """Wait until it can store.
