@@ -260,3 +260,15 @@ async def test_a_disk_that_refuses_acknowledgements_leaves_the_loop_standing(too
             await publish(client, session(tools, run_id))
             await ear.hear(event="run_started", run_id=run_id)
         await ear.hear(event="acknowledgement_not_stored")
+
+
+async def test_what_the_bus_refuses_takes_nothing_else_with_it(tools, tmp_path, bus, client, ear):
+    loop = TamiyoLoop(tools.controller(tmp_path))
+    decided = [event_pb2.Event(event_id=name, run_id=name) for name in ("first", "refused", "last")]
+    for event in decided[::2]:
+        event.decision.decision_id = "d"
+    async with loop.running(bus.target):
+        await loop._publish_what_can_be([(event_pb2.KIND_DECISIONS, event) for event in decided])
+        stored = await collect(client, event_pb2.KIND_DECISIONS, 2)
+    assert [event.run_id for event in stored] == ["first", "last"]
+    await ear.hear(event="publish_refused", run_id="refused")

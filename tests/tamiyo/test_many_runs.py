@@ -9,6 +9,7 @@ from esperml.client import BehindFloorError, CallFailedError, OonaClient
 from esperml.tamiyo import loop as loop_module
 from esperml.tamiyo import rebuilding
 from esperml.tamiyo.loop import GROUP, TamiyoLoop
+from esperml.tamiyo.policies import ChancePolicy
 from esperml.v1 import event_pb2, oona_pb2, run_pb2
 
 EVENTS, TELEMETRY, DECISIONS = event_pb2.KIND_EVENTS, event_pb2.KIND_TELEMETRY, event_pb2.KIND_DECISIONS
@@ -96,11 +97,12 @@ async def test_searches_do_not_grow_in_number_with_the_runs_that_are_not_there(
         return search(client, kind, run_ids)
 
     monkeypatch.setattr(rebuilding, "_records", counted)
+    monkeypatch.setattr(rebuilding, "MAX_MISSING", 999)
     loop = TamiyoLoop(tools.controller(tmp_path))
     async with loop.running(bus.target):
         names = [f"nobody-{index}" for index in range(1000)]
         await client.publish(TELEMETRY, reports(tools, names))
-        await until(lambda: len(loop._rebuilding.missing) == len(names))
+        await until(lambda: len(loop._rebuilding.missing) == 999 and not loop._rebuilding._searched)
     # Nor are the long logs read: the short one, in which starts stand, has none of them.
     assert {kind for kind, _ in searches} == {EVENTS}
     assert len(searches) < 50
@@ -122,6 +124,22 @@ async def test_a_flood_of_starts_drives_out_no_run_and_is_told_so(tools, tmp_pat
         await live.report(200)
         assert [event.decision.step for event in await first(client, DECISIONS, "live", 2)] == [100, 200]
         assert {run.run_id for run in controller.runs()} == {"live", "flood-0", "flood-1"}
+
+
+async def test_what_comes_of_many_runs_is_published_together(tools, tmp_path, bus, client, monkeypatch):
+    published, publish = [], TamiyoLoop.publish
+
+    async def counted(self, outgoing):
+        published.append(len(outgoing))
+        await publish(self, outgoing)
+
+    monkeypatch.setattr(TamiyoLoop, "publish", counted)
+    hosts = [tools.Host(None, f"run-{index}") for index in range(320)]
+    await client.publish(EVENTS, [host.event(run_started=run_pb2.RunStarted(graph=host.graph)) for host in hosts])
+    async with TamiyoLoop(tools.controller(tmp_path, max_runs=1)).running(bus.target):
+        await first(client, COMMANDS, "run-319")
+    assert sum(published) == 319
+    assert len(published) < 64
 
 
 async def test_a_run_that_found_no_place_is_followed_once_there_is_one(tools, tmp_path, bus, client):
@@ -158,6 +176,29 @@ async def test_an_end_that_waits_for_its_last_reports_holds_up_no_other_run(tool
             await one.start()
             await until(lambda: "one" not in loop._ending)
             await until(lambda: controller.follows("one"))
+
+
+class Failing(ChancePolicy):
+    """A policy with a defect."""
+
+    def judge(self, view, vocabulary):
+        raise RuntimeError("a defect")
+
+
+async def test_a_run_that_cannot_be_rebuilt_stops_no_other(tools, tmp_path, bus, client):
+    bad, good = Speaker(tools, client, "bad", policy="failing"), Speaker(tools, client, "good")
+    for run in (bad, good):
+        await run.start()
+        await run.report(100)
+    for kind in (EVENTS, TELEMETRY):
+        async with client.subscribe(kind, group=GROUP) as another:
+            await another.ack(*[await anext(another) for _ in range(2)])
+    controller = tools.controller(tmp_path)
+    controller.policies.add(Failing("failing", 0.5))
+    async with TamiyoLoop(controller).running(bus.target):
+        await bad.report(200)
+        await good.report(200)
+        assert [event.decision.step for event in await first(client, DECISIONS, "good")] == [200]
 
 
 async def test_a_purge_while_the_logs_are_searched_ends_nothing(tools, tmp_path, bus, client, monkeypatch):

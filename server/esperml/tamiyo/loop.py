@@ -40,6 +40,9 @@ CONSUMED: Final = (event_pb2.KIND_EVENTS, event_pb2.KIND_OUTCOMES, event_pb2.KIN
 FRAME_BYTES: Final = 2**20
 """Bytes after which what is published goes into another frame."""
 
+RECORDS_TOGETHER: Final = 32
+"""Records that are handled before what came of them is published, and others have their turn."""
+
 Batch = list[tuple[event_pb2.Kind.ValueType, list[event_pb2.Event]]]
 
 CATCH_UP_S: Final = 5.0
@@ -146,23 +149,42 @@ class TamiyoLoop:
         self, subscription: Subscription, records: Sequence[event_pb2.Record], tasks: asyncio.TaskGroup
     ) -> None:
         stale = stale_reports([record.event for record in records])
-        done = []
+        done: list[event_pb2.Record] = []
+        outgoing: Outgoing = []
         for record, is_stale in zip(records, stale, strict=True):
-            run_id = record.event.run_id
-            if subscription.kind == event_pb2.KIND_EVENTS and run_id in self._ending:
-                # What follows the end, another start for example, stays behind it and waits for no report.
-                end, last_reports = self._ending[run_id]
-                last_reports.cancel()
-                await end
-            if record.event.HasField("run_ended") and self._controller.follows(run_id):
-                last_reports = tasks.create_task(self._catch_up(run_id))
-                end = tasks.create_task(self._end(subscription, record, last_reports))
-                self._ending[run_id] = (end, last_reports)
+            ends = record.event.HasField("run_ended") and self._controller.follows(record.event.run_id)
+            if ends or (subscription.kind == event_pb2.KIND_EVENTS and record.event.run_id in self._ending):
+                # What comes of the end is published by itself, and must not overtake what came before.
+                await self._publish_what_can_be(outgoing)
+                outgoing = []
+                await self._hurry_end(record.event.run_id)
+            if ends:
+                self._begin_end(subscription, record, tasks)
                 continue
             backlog = subscription.kind == event_pb2.KIND_TELEMETRY and record.offset < self._start
-            await self._publish_what_can_be(self._handle(subscription.kind, record, stale=is_stale or backlog))
+            outgoing += self._handle(subscription.kind, record, stale=is_stale or backlog)
             done.append(record)
+            if len(done) % RECORDS_TOGETHER == 0:
+                await self._publish_what_can_be(outgoing)
+                outgoing = []
+                await asyncio.sleep(0)
+        await self._publish_what_can_be(outgoing)
         await self._acknowledge(subscription, done)
+
+    def _begin_end(self, subscription: Subscription, record: event_pb2.Record, tasks: asyncio.TaskGroup) -> None:
+        last_reports = tasks.create_task(self._catch_up(record.event.run_id))
+        end = tasks.create_task(self._end(subscription, record, last_reports))
+        self._ending[record.event.run_id] = (end, last_reports)
+
+    async def _hurry_end(self, run_id: str) -> None:
+        """Have the end of a run, if it is being waited with, handled at once.
+
+        What follows it, another start for example, stays behind it and waits for no report.
+        """
+        if run_id in self._ending:
+            end, last_reports = self._ending[run_id]
+            last_reports.cancel()
+            await end
 
     async def _end(
         self, subscription: Subscription, record: event_pb2.Record, last_reports: asyncio.Task[None]
@@ -183,9 +205,14 @@ class TamiyoLoop:
         try:
             await self.publish(outgoing)
         except (RejectedError, FrameTooLargeError) as error:
-            # The bus stands, and will not take this ever: what can be done is to say so and go on.
-            run_ids = sorted({event.run_id for _, event in outgoing})
-            log.error("publish_refused", run_id=", ".join(run_ids), problem=str(error))  # noqa: TRY400
+            # The bus stands, and will not take this ever: what can be done is to say so and go on. What was stored
+            # already comes twice, under the same ids.
+            if len(outgoing) > 1:
+                for item in outgoing:
+                    await self._publish_what_can_be([item])
+                return
+            [(_, event)] = outgoing
+            log.error("publish_refused", run_id=event.run_id, problem=str(error))  # noqa: TRY400
 
     async def _acknowledge(self, subscription: Subscription, records: Sequence[event_pb2.Record]) -> None:
         if not records:

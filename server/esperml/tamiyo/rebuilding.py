@@ -134,11 +134,11 @@ class Rebuilding:
 
     async def _rebuild(self, client: OonaClient, wanted: Mapping[str, Mapping[KindValue, int]]) -> None:
         """Rebuild those of ``wanted`` that are not known yet, a few at a time."""
-        twins: dict[str, set[str]] = {}
+        twins: dict[str, str] = {}
         # The start alone tells whether there is more to look for, and its log is the shortest.
         async for record in _records(client, event_pb2.KIND_EVENTS, wanted):
             if record.event.HasField("run_started"):
-                twins.setdefault(record.event.run_id, set()).add(record.event.run_started.paired_run)
+                twins[record.event.run_id] = record.event.run_started.paired_run
         for run_id in wanted.keys() - twins.keys():
             self.missing[run_id] = None
             if len(self.missing) > MAX_MISSING:
@@ -146,7 +146,7 @@ class Rebuilding:
         found = [run_id for run_id in wanted if run_id in twins]
         for index in range(0, len(found), MAX_TOGETHER):
             chosen = [run_id for run_id in found[index : index + MAX_TOGETHER] if not self._controller.knows(run_id)]
-            named = {twin for run_id in chosen for twin in twins[run_id] if twin and not self._controller.knows(twin)}
+            named = {twin for run_id in chosen if (twin := twins[run_id]) and not self._controller.knows(twin)}
             # Rewards compare a run with its twin, which must therefore be there first.
             kept = {run_id: _Kept() for run_id in (*sorted(named), *chosen)}
             for kind in REPLAYED if kept else ():
