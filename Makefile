@@ -36,7 +36,8 @@ soak: setup ## Run the long forms of the bus's tests: crashes, power cuts, fuzz,
 	CRASH_ROUNDS=200 POWER_CUTS=100 FUZZ_FRAMES=1000000 SOAK_STREAMS=1000 LOG_EVENTS=10000000 \
 	CLUSTER_ROUNDS=5 CLUSTER_CUT_S=10 \
 	$(BIN)/python -m pytest --timeout=14400 tests/oona/test_crash.py tests/oona/test_power_loss.py tests/oona/test_frame_fuzz.py \
-	tests/oona/test_many_streams.py tests/oona/test_large_log.py tests/oona/test_jetstream_failures.py
+	tests/oona/test_many_streams.py tests/oona/test_large_log.py tests/oona/test_jetstream_failures.py \
+	tests/server/test_cluster.py
 
 lint: setup ## Check style and formatting.
 	$(BIN)/ruff check
