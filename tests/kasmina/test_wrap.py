@@ -68,7 +68,8 @@ def test_batch_normalisation_in_training_keeps_its_statistics():
     [
         (None, ["0", "2", "4", "6"]),
         ("2", ["2"]),
-        (["0", "[46]"], ["0", "4", "6"]),
+        ("[46]", ["4", "6"]),
+        (["0", "6"], ["0", "6"]),
         (lambda name, module: module.out_features == 8, ["0", "4"]),
     ],
 )
@@ -80,7 +81,7 @@ def test_layers_are_selected_by_pattern_or_predicate(case, layers, names):
 
 def test_a_selection_of_nothing_is_refused_by_name(case):
     plain = case("mlp", wrapped=False)
-    with pytest.raises(kasmina.UnsupportedHostError, match="layers='encoder"):
+    with pytest.raises(kasmina.UnsupportedHostError, match="layers: .encoder"):
         kasmina.wrap(plain.model, plain.inputs, layers="encoder.*")
 
 

@@ -19,12 +19,14 @@ from esperml.kasmina.evaluation import Evaluator
 from esperml.kasmina.geometry import Geometry
 from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.grpc_link import GrpcLink
-from esperml.kasmina.host import Host, KasminaLayer, Place, host_of, wrap
+from esperml.kasmina.host import Host, Place, host_of, preview, print_trainable_parameters, unwrap, wrap
+from esperml.kasmina.layers import KasminaLayer
 from esperml.kasmina.link import Link, LinkStatistics, LocalLink
 from esperml.kasmina.proposals import Proposal
 from esperml.kasmina.seeds import Seed
 from esperml.kasmina.session import Session
 from esperml.kasmina.summary import Summary
+from esperml.kasmina.tables import LayerTable, ParameterCount
 
 __all__ = [
     "Blueprint",
@@ -35,9 +37,11 @@ __all__ = [
     "Host",
     "KasminaError",
     "KasminaLayer",
+    "LayerTable",
     "Link",
     "LinkStatistics",
     "LocalLink",
+    "ParameterCount",
     "Place",
     "Proposal",
     "RefusedError",
@@ -47,8 +51,11 @@ __all__ = [
     "UnsupportedHostError",
     "connect",
     "host_of",
+    "preview",
+    "print_trainable_parameters",
     "register",
     "registered",
     "unregister",
+    "unwrap",
     "wrap",
 ]

@@ -3,59 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from esperml.kasmina import blueprints as registry
 from esperml.kasmina import stages, topology
 from esperml.kasmina.blueprints import Blueprint
 from esperml.kasmina.errors import KasminaError, RefusedError, UnsupportedHostError
-from esperml.kasmina.geometry import Geometry, layer_type
+from esperml.kasmina.geometry import Geometry
+from esperml.kasmina.kinds import kind_name
+from esperml.kasmina.layers import KasminaLayer
+from esperml.kasmina.networks import to_networkx
 from esperml.kasmina.seeds import Seed
+from esperml.kasmina.selection import Selected, Selection, select
+from esperml.kasmina.tables import LayerRow, LayerTable, ParameterCount
 from esperml.v1 import graph_pb2
 
-LayerSelection = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-"""Which layers to wrap: all, name patterns (``"encoder.*"``, as in a shell), or a predicate of name and module."""
+if TYPE_CHECKING:
+    import networkx as nx
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _ATTRIBUTE: Final = "_kasmina_host"
-
-
-@dataclass(slots=True)
-class KasminaLayer:
-    """One wrapped layer.
-
-    Attributes:
-        name: as in ``model.named_modules()``.
-        type: what it computes.
-        module: the layer itself, which is part of the host and is never replaced.
-        input_shape: shape of its input without the batch dimension.
-        output_shape: shape of its output without the batch dimension.
-        activated: whether an element-wise non-linearity follows; ``None`` where that cannot be told.
-        rectified: whether its output runs into rectifiers directly.
-        single: whether it runs once per forward pass on a batch: only then may seeds grow here.
-        batch: entries of its input's first dimension, for one example input.
-    """
-
-    name: str
-    type: graph_pb2.LayerType.ValueType
-    module: nn.Module
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    activated: bool | None
-    rectified: bool
-    single: bool
-    batch: int
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of its own parameters, seeds not counted."""
-        return sum(parameter.numel() for parameter in self.module.parameters(recurse=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,31 +53,56 @@ class Host:
         model: the model itself.
         layers: its wrapped layers, in the order in which they first run.
         edges: the dataflow between them.
+        unused: names of layers that were selected and did not run, and so are no part of it.
         blueprints: what it can grow, in the order of the bit mask of its places.
         places: where it may grow. Indices stay the same for the life of the host.
         seeds: living and fossilised seeds by name.
         structure_version: counts structural changes, from 1.
     """
 
-    def __init__(self, model: nn.Module, example_input: object, layers: LayerSelection) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: object,
+        selected: dict[str, Selected],
+        blueprints: Sequence[str] | None = None,
+    ) -> None:
         self.model = model
-        self.blueprints: tuple[Blueprint, ...] = registry.registered()
-        traced = topology.trace(model, example_input, _select(model, layers))
-        modules = dict(model.named_modules())
-        self.layers = tuple(_layer(trace, modules[trace.name]) for trace in traced.layers)
+        self.blueprints: tuple[Blueprint, ...] = registry.choose(blueprints)
+        traced = topology.trace(model, example_input, {name: choice.module for name, choice in selected.items()})
+        self.layers = tuple(
+            KasminaLayer.of(trace, choice.module, choice.kind, may_grow=choice.may_grow)
+            for trace in traced.layers
+            for choice in (selected[trace.name],)
+        )
         self.edges = traced.edges
-        self.places = tuple(self._places())
+        self.unused = traced.unused
+        self._index = {layer.name: i for i, layer in enumerate(self.layers)}
+        self.places = tuple(self._places(self._steps(example_input, selected)))
         self.seeds: dict[str, Seed] = {}
         self.structure_version = 1
-        self.host_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._index = {layer.name: i for i, layer in enumerate(self.layers)}
+        self.host_parameters = _entries(model.parameters())
 
-    def _places(self) -> Iterable[Place]:
-        pairs = [(i, i) for i in range(len(self.layers))]
-        pairs += [(e.source, e.target) for e in self.edges if e.kind == graph_pb2.EDGE_KIND_FORWARD]
-        for source_index, target_index in pairs:
+    def _steps(self, example_input: object, selected: dict[str, Selected]) -> list[tuple[int, int]]:
+        """From layer to layer: the forward edges between those that may grow, whatever is observed between them."""
+        traced_edges, names = self.edges, [layer.name for layer in self.layers]
+        growing = {name: choice.module for name, choice in selected.items() if choice.may_grow}
+        if len(growing) < len(selected):
+            if growing.keys().isdisjoint(names):
+                return []
+            # A pass of its own, so that what can grow does not depend on what else is observed.
+            alone = topology.trace(self.model, example_input, growing)
+            traced_edges, names = alone.edges, [layer.name for layer in alone.layers]
+        return [
+            (self._index[names[edge.source]], self._index[names[edge.target]])
+            for edge in traced_edges
+            if edge.kind == graph_pb2.EDGE_KIND_FORWARD
+        ]
+
+    def _places(self, steps: Iterable[tuple[int, int]]) -> Iterable[Place]:
+        for source_index, target_index in [*((i, i) for i in range(len(self.layers))), *steps]:
             source, target = self.layers[source_index], self.layers[target_index]
-            if not (source.single and target.single and source.batch == target.batch):
+            if not (source.grows and target.grows and source.batch == target.batch):
                 continue
             geometry = Geometry(source.type, target.type, source.input_shape, target.output_shape)
             fitting = sum(1 << i for i, blueprint in enumerate(self.blueprints) if blueprint.fits(geometry))
@@ -174,8 +172,9 @@ class Host:
         where = self.places[place]
         source, target = self.layers[where.source].module, self.layers[where.target].module
         body = grown.build(where.geometry, parameter_budget)
-        weight = next(target.parameters(recurse=False))
-        body.to(device=weight.device, dtype=weight.dtype).train(target.training)
+        weight = next(target.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        body.to(device=weight.device, dtype=dtype).train(target.training)
         seed = Seed(seed_id, place, blueprint, body, blend_steps=blend_steps, decision_id=decision_id)
         seed.attach(source, target)
         self.seeds[seed_id] = seed
@@ -194,6 +193,47 @@ class Host:
         del self.seeds[seed.seed_id]
         self.structure_version += 1
 
+    def table(self) -> LayerTable:
+        """The layers, and what can grow where, for a person."""
+        rows = []
+        for i, layer in enumerate(self.layers):
+            places = [place for place in self.places if place.target == i]
+            fitting = [b.name for n, b in enumerate(self.blueprints) if any(place.fitting >> n & 1 for place in places)]
+            parameters = layer.parameters()
+            rows.append(
+                LayerRow(
+                    layer=layer.name,
+                    kind=kind_name(layer.type),
+                    calls=layer.calls,
+                    input_shape=layer.input_shape,
+                    output_shape=layer.output_shape,
+                    parameters=_entries(parameters),
+                    trainable=_entries(parameter for parameter in parameters if parameter.requires_grad),
+                    sources=tuple(self.layers[place.source].name for place in places),
+                    blueprints=tuple(fitting),
+                )
+            )
+        return LayerTable(tuple(rows), self.unused)
+
+    def parameter_counts(self) -> ParameterCount:
+        """How many parameters there are now, and how many of them train."""
+        parameters = list(self.model.parameters())
+        training = _entries(parameter for parameter in parameters if parameter.requires_grad)
+        return ParameterCount(training, _entries(parameters), self.seed_parameters)
+
+    def to_networkx(self) -> nx.DiGraph[str]:
+        """The graph for NetworkX.
+
+        Nodes are the layers' names, in the order in which they first run, with ``kind``, ``parameters``,
+        ``input_shape``, ``output_shape``, ``activated``, ``calls``, ``grows``, and the model's ``inputs`` and
+        ``outputs`` that they read and run into; edges have a ``kind``: ``forward``, ``residual`` or ``recurrent``.
+        Without the recurrent edges it has no cycles.
+
+        Raises:
+            KasminaError: NetworkX is not installed.
+        """
+        return to_networkx(self.layers, self.edges)
+
     def graph(self, graft_parameter_budget: int | None = None) -> graph_pb2.HostGraph:
         """The structure as the contract tells it.
 
@@ -208,7 +248,7 @@ class Host:
         ]
         return graph_pb2.HostGraph(
             structure_version=self.structure_version,
-            layers=[_spec(layer) for layer in self.layers],
+            layers=[layer.spec() for layer in self.layers],
             edges=graph_pb2.EdgeTable(
                 sources=[edge.source for edge in self.edges],
                 targets=[edge.target for edge in self.edges],
@@ -232,34 +272,90 @@ class Host:
         )
 
 
-def wrap(model: Model, example_input: object, *, layers: LayerSelection = None, inplace: bool = True) -> Model:
+def wrap(
+    model: Model,
+    example_input: object,
+    *,
+    layers: Selection = None,
+    exclude: Selection = None,
+    observe: Selection = None,
+    blueprints: Sequence[str] | None = None,
+    inplace: bool = True,
+) -> Model:
     """Make ``model`` a host: read its true graph, and find where seeds may grow in it.
 
     Nothing of the model is renamed or replaced. While no seed lives its outputs, gradients, state dict and hooks are
     what they were. A layer that the forward pass does not reach is no part of the graph; one that runs more than once
     per pass is, but no seed grows there, since a seed belongs to one call.
 
+    Seeds can grow at Linear layers (the ``Conv1D`` of Hugging Face's transformers is one) and at Conv1d/2d/3d, and
+    these are the layers of a host by default. Normalisations, embeddings, recurrent layers and attention blocks are
+    observed on request only: the data runs through them in the graph all the same; each observed layer costs
+    telemetry's time; and the shipped policy was trained on hosts whose graphs have none of them between the layers at
+    which it can act, so that with them it decides less surely. Where seeds may grow does not depend on what is
+    observed beside. A layer inside another one that was selected is part of that one: an attention block that is
+    observed is one layer, and its projections are none.
+
+    ``layers``, ``exclude`` and ``observe`` select as Hugging Face's PEFT does:
+
+    - a list has the ends of names, types, or both: ``["query", "mlp.fc1", nn.Conv2d]``;
+    - a string is a regular expression that must match a whole name: ``r"encoder\\..*"``; ``"all-linear"`` stands for
+      all Linear layers but the model's output layer;
+    - a type selects its instances;
+    - a predicate is asked for each layer, with its name and the module.
+
     Args:
         model: any module with Linear or convolution layers.
         example_input: a tensor, a tuple of positional arguments, or a dict of keyword arguments; one forward pass is
-            run on it in the modes that the modules are in. Modes, buffers and random number generators are restored.
-        layers: which layers to wrap: all Linear and Conv1d/2d/3d (``None``), those whose name matches a pattern or
-            one of several, or those for which a predicate of name and module holds.
+            run on it in the modes that the modules are in, a second one where layers are observed. Modes, buffers and
+            random number generators are restored.
+        layers: the Linear and convolution layers at which seeds may grow; all of them for ``None``.
+        exclude: what is left out of the other two.
+        observe: modules of any kind to observe as layers; ``"all"`` stands for all of a known kind, ``None`` for none.
+        blueprints: names of what it can grow, of those that are registered; all of them for ``None``.
         inplace: wrap ``model`` itself; otherwise a deep copy.
 
     Returns:
         The wrapped model: the same object with ``inplace``.
 
     Raises:
-        UnsupportedHostError: there is no layer to wrap, none of them runs, the model does not take ``example_input``,
-            or it is wrapped already.
+        UnsupportedHostError: a name, type or expression matches nothing, there is no layer to wrap, none of them runs,
+            the model does not take ``example_input``, or it or a part of it is wrapped already.
+        ValueError: a blueprint is not registered.
     """
-    if _ATTRIBUTE in vars(model):
-        raise UnsupportedHostError("the model is wrapped already")
-    wrapped = model if inplace else copy.deepcopy(model)
+    host = _host(model if inplace else copy.deepcopy(model), example_input, layers, exclude, observe, blueprints)
     # The module's own __setattr__ would be free to register it; the host must stay out of the module tree.
-    object.__setattr__(wrapped, _ATTRIBUTE, Host(wrapped, example_input, layers))
-    return wrapped
+    object.__setattr__(host.model, _ATTRIBUTE, host)
+    return cast(Model, host.model)
+
+
+def preview(
+    model: nn.Module,
+    example_input: object,
+    *,
+    layers: Selection = None,
+    exclude: Selection = None,
+    observe: Selection = None,
+) -> LayerTable:
+    """What :func:`wrap` would make of ``model``, which stays plain: its layers, and what could grow where.
+
+    Takes what :func:`wrap` takes, and raises what it raises. Runs a forward pass or two.
+    """
+    return _host(model, example_input, layers, exclude, observe).table()
+
+
+def unwrap(model: Model) -> Model:
+    """Make a host a plain model again; the same object, with the weights that it has now.
+
+    Raises:
+        KasminaError: the model is not wrapped, or has seeds: they are part of what it computes. Cull them first, or
+            bake the model.
+    """
+    host = host_of(model)
+    if host.seeds:
+        raise KasminaError(f"the model has seeds: {', '.join(host.seeds)}; cull them first, or bake the model")
+    object.__delattr__(model, _ATTRIBUTE)
+    return model
 
 
 def host_of(model: nn.Module) -> Host:
@@ -270,46 +366,29 @@ def host_of(model: nn.Module) -> Host:
     return host
 
 
-def _select(model: nn.Module, layers: LayerSelection) -> Mapping[str, nn.Module]:
-    if layers is None:
-        chosen: Callable[[str, nn.Module], bool] = lambda _name, _module: True  # noqa: E731
-    elif callable(layers):
-        chosen = layers
-    else:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        chosen = lambda name, _module: any(fnmatchcase(name, pattern) for pattern in patterns)  # noqa: E731
-    selected = {
-        name: module
-        for name, module in model.named_modules()
-        if layer_type(module) is not None and chosen(name, module)
-    }
-    if not selected:
-        raise UnsupportedHostError(f"no Linear or convolution layer is selected by layers={layers!r}")
-    return selected
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters a wrapped model has, how many of them train, and how many are in seeds.
+
+    Raises:
+        KasminaError: the model is not wrapped.
+    """
+    print(host_of(model).parameter_counts())
 
 
-def _layer(trace: topology.LayerTrace, module: nn.Module) -> KasminaLayer:
-    kind = layer_type(module)
-    assert kind is not None  # noqa: S101 - _select let only such modules through
-    return KasminaLayer(
-        name=trace.name,
-        type=kind,
-        module=module,
-        input_shape=topology.without_batch(trace.input_shape),
-        output_shape=topology.without_batch(trace.output_shape),
-        activated=trace.activated,
-        rectified=trace.rectified,
-        single=trace.calls == 1 and topology.is_batched(kind, trace),
-        batch=trace.input_shape[0] if trace.input_shape else 0,
-    )
+def _host(
+    model: nn.Module,
+    example_input: object,
+    layers: Selection,
+    exclude: Selection,
+    observe: Selection,
+    blueprints: Sequence[str] | None = None,
+) -> Host:
+    for name, module in model.named_modules():
+        if _ATTRIBUTE in vars(module):
+            what = f"the model's part {name!r}" if name else "the model"
+            raise UnsupportedHostError(f"{what} is wrapped already; kasmina.unwrap makes it plain again")
+    return Host(model, example_input, select(model, layers, exclude, observe), blueprints)
 
 
-def _spec(layer: KasminaLayer) -> graph_pb2.LayerSpec:
-    return graph_pb2.LayerSpec(
-        name=layer.name,
-        type=layer.type,
-        parameters=layer.parameter_count,
-        input_shape=layer.input_shape,
-        output_shape=layer.output_shape,
-        activated=layer.activated,
-    )
+def _entries(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

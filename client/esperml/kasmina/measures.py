@@ -45,9 +45,11 @@ def squared_singular_values(output: Tensor) -> Tensor:
     """
     centred = output - output.mean(0)
     gram = centred @ centred.mT if centred.shape[0] <= centred.shape[1] else centred.mT @ centred
-    # The eigenvalue routine raises on what is not finite, and to ask first would wait for the device.
-    eigenvalues: Tensor = torch.linalg.eigvalsh(gram.nan_to_num(0.0, 0.0, 0.0))
-    return eigenvalues + 0 * gram.sum()
+    # The eigenvalue routine raises on what is not finite, and to ask first would wait for the device. It may also fail
+    # to converge on entries that are hardly above zero, as of equal rows that differ by their rounding.
+    largest = gram.diagonal().amax().clamp(min=torch.finfo(gram.dtype).tiny)
+    eigenvalues: Tensor = torch.linalg.eigvalsh((gram / largest).nan_to_num(0.0, 0.0, 0.0))
+    return eigenvalues * largest + 0 * gram.sum()
 
 
 def effective_rank(squared_values: Sequence[float]) -> float | None:

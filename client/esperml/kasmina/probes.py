@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esperml.kasmina import sampling
-from esperml.kasmina.host import KasminaLayer
+from esperml.kasmina.layers import KasminaLayer
 from esperml.kasmina.sampling import Rows
-from esperml.kasmina.topology import layer_input
+from esperml.kasmina.topology import layer_input, layer_output
 
 _LATENCIES_KEPT: Final = 16
 
@@ -87,17 +87,18 @@ class Probe:
     def _before(self, _layer: nn.Module, _args: tuple[Any, ...]) -> None:
         self._started = time.perf_counter()
 
-    def _after(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def _after(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: object) -> None:
         ended = time.perf_counter()
         if self._stray:
             self.disarm()
             return
-        if self.kept is not None or not output.requires_grad:
+        # A frozen layer's output may need no gradient in a training pass either.
+        if self.kept is not None or not torch.is_grad_enabled():
             return
-        x = layer_input(args, kwargs)
-        if x is None or output.dim() != len(self.layer.output_shape) + 1 or output.numel() == 0:
+        x, output = layer_input(args, kwargs), layer_output(given)
+        if x is None or output is None or output.dim() != len(self.layer.output_shape) + 1 or output.numel() == 0:
             return
-        kind = self.layer.type
+        kind = self.layer.layout
         with torch.no_grad():
             self.kept = Kept(
                 x=x.detach(),
@@ -108,7 +109,8 @@ class Probe:
                 output_bytes=output.numel() * output.element_size(),
             )
         if self._fully:
-            output.register_hook(self._keep_gradient)  # type: ignore[no-untyped-call]
+            if output.requires_grad:
+                output.register_hook(self._keep_gradient)  # type: ignore[no-untyped-call]
             if output.device.type == "cpu":
                 self.latencies.append(ended - self._started)
         self.seconds += time.perf_counter() - ended
@@ -117,5 +119,5 @@ class Probe:
         start = time.perf_counter()
         if self.kept is not None and self.kept.gradient is None:
             with torch.no_grad():
-                self.kept.gradient = sampling.pick(self.layer.type, gradient, self.kept.rows)
+                self.kept.gradient = sampling.pick(self.layer.layout, gradient, self.kept.rows)
         self.seconds += time.perf_counter() - start

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from esperml.kasmina.bodies import match_spatial
 from esperml.kasmina.geometry import CONV_RANKS, LINEAR, Geometry
+from esperml.kasmina.kinds import layer_kind
 from esperml.v1 import graph_pb2
 
 MAX_ROWS: Final = 128
@@ -93,9 +94,9 @@ def pick(kind: graph_pb2.LayerType.ValueType, tensor: Tensor, rows: Rows) -> Ten
 def pick_input(module: nn.Module, x: Tensor, output_shape: tuple[int, ...], rows: Rows) -> Tensor | None:
     """What the layer computes the chosen rows from: features, or patches of a convolution. Shapes: to (n, features).
 
-    ``None`` for a convolution in groups, whose outputs do not all read the same channels.
+    ``None`` for a convolution in groups, whose outputs do not all read the same channels, and for other kinds.
     """
-    if isinstance(module, nn.Linear):
+    if layer_kind(module) == LINEAR:
         return pick(LINEAR, x, rows)
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.groups != 1:
         return None

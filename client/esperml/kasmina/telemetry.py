@@ -17,7 +17,9 @@ from torch import Tensor
 
 from esperml.kasmina import measures, sampling
 from esperml.kasmina.geometry import LINEAR
-from esperml.kasmina.host import Host, KasminaLayer
+from esperml.kasmina.host import Host
+from esperml.kasmina.kinds import GROWING
+from esperml.kasmina.layers import KasminaLayer
 from esperml.kasmina.ledger import Ledger
 from esperml.kasmina.probes import Kept, Probe
 from esperml.kasmina.relations import Relations
@@ -59,13 +61,25 @@ class Telemetry:
         self._flops = [_flops(layer) for layer in host.layers]
         self._relations = Relations(host, self._probes)
         self._turn: Sequence[int] = ()
-        self._next: int | None = None
+        self._next = 0  # The first layer whose turn has not come.
+        self._turns: int | None = None  # Begun since all layers had theirs at once; None before.
 
-    def arm(self) -> None:
-        """Watch the next training pass."""
-        self._turn = self._whose_turn()
-        for index in self._relations.sources(self._turn):
-            self._probes[index].arm(fully=index in self._turn)
+    @property
+    def due(self) -> int:
+        """Number of layers whose turn it is next: all at first, then a part that comes once in :data:`TURNS`."""
+        count, turn = len(self._probes), self._turns
+        return count if turn is None else (turn + 1) * count // TURNS - turn * count // TURNS
+
+    def arm(self, layers: int | None = None) -> None:
+        """Watch the next training pass.
+
+        Args:
+            layers: how many of those that are due to measure at most; the others come first next time. ``None``: all.
+        """
+        turn = self._take_turn(self.due if layers is None else min(layers, self.due))
+        self._turn = tuple(turn)
+        for index in self._relations.sources(turn):
+            self._probes[index].arm(fully=index in turn)
 
     def disarm(self) -> None:
         """Take all hooks off and let go of what they kept."""
@@ -99,16 +113,17 @@ class Telemetry:
             ledger.settle()
         return sample
 
-    def _whose_turn(self) -> Sequence[int]:
-        """All layers at first, then a part of them, so that each comes once in :data:`TURNS` reports."""
-        count, turn = len(self._probes), self._next
-        self._next = 0 if turn is None else (turn + 1) % TURNS
-        return range(count) if turn is None else range(turn * count // TURNS, (turn + 1) * count // TURNS)
+    def _take_turn(self, layers: int) -> dict[int, None]:
+        """Indices of the next ``layers`` layers, in order."""
+        first, count = self._next, len(self._probes)
+        self._next = (first + layers) % count
+        self._turns = 0 if self._turns is None else (self._turns + 1) % TURNS
+        return dict.fromkeys((first + i) % count for i in range(layers))
 
     def _layer(self, index: int, kept: Kept, ledger: Ledger) -> health_pb2.EnhancedHealthSignal:
         """The measures of one layer but for those that relate it to others."""
         probe = self._probes[index]
-        parameters = [p for p in probe.layer.module._parameters.values() if p is not None]
+        parameters = probe.layer.parameters()
         gradients = _gradients(parameters)
         signal = health_pb2.EnhancedHealthSignal(
             layer=probe.layer.name,
@@ -117,9 +132,9 @@ class Telemetry:
             memory_bytes=kept.output_bytes + sum(p.numel() * p.element_size() for p in (*parameters, *gradients)),
         )
         _add_latency(signal, probe.latencies, samples=kept.output_shape[0])
-        ledger.add(
-            measures.autocorrelation(sampling.signals(probe.layer.type, kept.x).float()), _correlation_receiver(signal)
-        )
+        if kept.x.is_floating_point():
+            signals = sampling.signals(probe.layer.layout, kept.x)
+            ledger.add(measures.autocorrelation(signals.float()), _correlation_receiver(signal))
         _add_output(signal, kept.output.float(), kept.rows.count, probe.layer.rectified, ledger)
         if gradients:
             ledger.add_norms([*gradients, *parameters], _norm_receiver(signal, len(gradients)))
@@ -221,8 +236,10 @@ def _loss_receiver(sample: Sample) -> Callable[[list[float]], None]:
     return receive
 
 
-def _flops(layer: KasminaLayer) -> float:
-    """Of one forward pass for one sample, multiply and add counted as two."""
+def _flops(layer: KasminaLayer) -> float | None:
+    """Of one forward pass for one sample, multiply and add counted as two; of Linear and convolution layers only."""
+    if layer.type not in GROWING:
+        return None
     weight = cast(Tensor, layer.module.weight)
     positions = layer.output_shape[:-1] if layer.type == LINEAR else layer.output_shape[1:]
     return 2.0 * weight.numel() * math.prod(positions)

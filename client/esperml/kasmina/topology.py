@@ -1,57 +1,25 @@
 """The true graph of a host, read from one forward pass.
 
-Every layer's output is marked in the autograd graph; from each mark the graph is walked back to the next ones. That
-shows the real dataflow, shared inputs and residual joins included, with no demands on how the host is written.
+:class:`~esperml.kasmina.dataflow.Dataflow` follows the data of that pass from layer to layer. That shows the real
+dataflow, shared inputs and residual joins included, with no demands on how the host is written.
 """
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.nn.parameter import is_lazy
 
+from esperml.kasmina.dataflow import RECTIFIERS, Dataflow, named_tensors, shares_memory
 from esperml.kasmina.errors import UnsupportedHostError
-from esperml.kasmina.geometry import CONV_RANKS, LINEAR
 from esperml.v1 import graph_pb2
-
-NONLINEARITIES: Final = frozenset(
-    {
-        "Relu",
-        "Threshold",
-        "LeakyRelu",
-        "PreluKernel",
-        "RreluWithNoise",
-        "Elu",
-        "Celu",
-        "Gelu",
-        "Silu",
-        "Mish",
-        "Sigmoid",
-        "LogSigmoid",
-        "Tanh",
-        "Softplus",
-        "Softshrink",
-        "Hardshrink",
-        "Hardtanh",
-        "Hardsigmoid",
-        "Hardswish",
-    }
-)
-"""Element-wise non-linearities, by the name of their node in the autograd graph."""
-
-RECTIFIERS: Final = frozenset({"Relu", "Threshold"})
-"""Those that are silent at and below zero."""
-
-_TRANSPARENT: Final = frozenset({"View", "UnsafeView", "Reshape", "ReshapeAlias", "Transpose", "Permute", "T", "Clone"})
-"""Nodes that only move entries."""
-
-_SUMS: Final = frozenset({"Add", "Sub"})
 
 _MISFITS: Final = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What a model raises on an input that is not for it."""
@@ -65,10 +33,12 @@ class LayerTrace:
         name: as in ``model.named_modules()``.
         calls: times that the layer ran.
         input_shape: of its input, with the batch dimension, at its first call.
-        output_shape: of its output, likewise.
-        consumers: names of the autograd nodes that read its output, entries being moved aside.
+        output_shape: of its output, likewise; of the first tensor where it gives several.
+        consumers: names of the operators that read its output, entries being moved aside; ``result`` for none.
         activated: whether an element-wise non-linearity follows before the next layer; ``None`` where what follows
             cannot be seen.
+        inputs: the model's inputs that it reads, by name or path.
+        outputs: the model's outputs that its own output runs into, by path; ``""`` for a model that gives one tensor.
     """
 
     name: str
@@ -77,6 +47,8 @@ class LayerTrace:
     output_shape: tuple[int, ...] = ()
     consumers: set[str] = field(default_factory=set)
     activated: bool | None = None
+    inputs: set[str] = field(default_factory=set)
+    outputs: set[str] = field(default_factory=set)
 
     @property
     def rectified(self) -> bool:
@@ -95,23 +67,17 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The graph: the layers that ran, in the order in which they first did, and the edges between them."""
+    """The graph.
+
+    Attributes:
+        layers: the layers that ran, in the order in which they first did.
+        edges: the dataflow between them.
+        unused: names of the layers that did not run.
+    """
 
     layers: tuple[LayerTrace, ...]
     edges: tuple[Edge, ...]
-
-
-class _Mark(torch.autograd.Function):
-    """Leaves the values alone and puts a node into the autograd graph that says which call of which layer it was."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, call: int) -> Tensor:
-        ctx.kasmina_call = call
-        return output.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, *gradients: Any) -> Any:  # pragma: no cover - the graph is only read
-        return gradients[0], None
+    unused: tuple[str, ...]
 
 
 @contextmanager
@@ -156,9 +122,15 @@ def call_model(model: nn.Module, example_input: object) -> object:
 
 
 def layer_input(args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor | None:
-    """The tensor that a layer reads: its first argument, or the keyword ``input``."""
-    value = args[0] if args else kwargs.get("input")
-    return value if isinstance(value, Tensor) else None
+    """The tensor that a layer reads: its first argument or, where all are given by keyword, the first that is one."""
+    if args:
+        return args[0] if isinstance(args[0], Tensor) else None
+    return next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+
+
+def layer_output(output: object) -> Tensor | None:
+    """The tensor that a layer gives: the first one of floating point where it gives several."""
+    return next((tensor for _, tensor in named_tensors(output) if tensor.is_floating_point()), None)
 
 
 def trace(model: nn.Module, example_input: object, layers: Mapping[str, nn.Module]) -> Trace:
@@ -169,34 +141,17 @@ def trace(model: nn.Module, example_input: object, layers: Mapping[str, nn.Modul
     Raises:
         UnsupportedHostError: the host does not take ``example_input``, or none of the layers ran.
     """
-    traces = {name: LayerTrace(name) for name in layers}
-    calls: list[str] = []
-    nodes: list[Any] = []
-
-    def marker(name: str) -> Callable[..., Tensor | None]:
-        def mark(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> Tensor | None:
-            given = layer_input(args, kwargs)
-            if given is None or not isinstance(output, Tensor) or not output.is_floating_point():
-                return None
-            record = traces[name]
-            if record.calls == 0:
-                record.input_shape, record.output_shape = tuple(given.shape), tuple(output.shape)
-            record.calls += 1
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            marked = cast(Tensor, _Mark.apply(output, len(calls)))  # type: ignore[no-untyped-call]
-            calls.append(name)
-            nodes.append(marked.grad_fn)
-            return marked
-
-        return mark
-
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise UnsupportedHostError(f"{lazy[0]} has no shape yet; run the model once, then wrap it")
+    tracer = _Tracer(layers)
     handles = [
-        module.register_forward_hook(marker(name), with_kwargs=True, prepend=True) for name, module in layers.items()
+        module.register_forward_hook(tracer.hook(name), with_kwargs=True, prepend=True)
+        for name, module in layers.items()
     ]
     try:
         with undisturbed(model), torch.enable_grad():
-            result = call_model(model, example_input)
+            tracer.run(model, example_input)
     except _MISFITS as error:
         raise UnsupportedHostError(
             f"the model does not run on example_input, which is {_describe(example_input)}: {type(error).__name__}: "
@@ -206,16 +161,107 @@ def trace(model: nn.Module, example_input: object, layers: Mapping[str, nn.Modul
     finally:
         for handle in handles:
             handle.remove()
-    ran = list(dict.fromkeys(calls))
-    if not ran:
+    if not tracer.calls:
         raise UnsupportedHostError(
-            "no Linear or convolution layer that was selected ran on example_input; select others with layers=, or "
-            "give an input that reaches them"
+            "no layer that was selected ran on example_input; select others with layers=, or give an input that "
+            "reaches them"
         )
-    index = {name: i for i, name in enumerate(ran)}
-    reached = _walk_all(calls, nodes, result, traces)
-    edges = _edges([(index[calls[s]], index[calls[t]], summed) for s, t, summed in reached], len(ran))
-    return Trace(tuple(traces[name] for name in ran), edges)
+    return tracer.trace()
+
+
+class _Tracer:
+    """Follows the data of one forward pass from layer to layer.
+
+    Attributes:
+        calls: name of the layer of each call, in order.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.calls: list[str] = []
+        self._traces = {name: LayerTrace(name) for name in layers}
+        self._flow = Dataflow()
+        self._inputs: list[str] = []
+        self._reached: list[tuple[int, int, bool]] = []
+
+    def hook(self, name: str) -> Callable[..., object]:
+        """What to call after the layer ``name``."""
+
+        def mark(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:
+            given = layer_input(args, kwargs)
+            first = layer_output(output)
+            if given is None or first is None:
+                return None
+            record = self._traces[name]
+            if record.calls == 0:
+                record.input_shape, record.output_shape = tuple(given.shape), tuple(first.shape)
+            record.calls += 1
+            call = len(self.calls)
+            self.calls.append(name)
+            if isinstance(output, Tensor) and shares_memory(output, [given]):
+                # What else reads the layer's input must not seem to read its output.
+                output = output.clone()
+            results = [tensor for _, tensor in named_tensors(output)]
+            for tensor in results:
+                self._follow(tensor, call)
+            for tensor in results:
+                self._flow.mark(tensor, call)
+            return output
+
+        return mark
+
+    def run(self, model: nn.Module, example_input: object) -> None:
+        """Run the model, and see what reaches its outputs."""
+        for number, (name, tensor) in enumerate(_named_inputs(model, example_input)):
+            self._inputs.append(name)
+            self._flow.mark(tensor, -1 - number)
+        with self._flow:
+            result = call_model(model, example_input)
+        for path, tensor in named_tensors(result):
+            for source in self._follow(tensor, None):
+                self._traces[self.calls[source]].outputs.add(path)
+
+    def _follow(self, tensor: Tensor, call: int | None) -> set[int]:
+        """Note what came into ``tensor``, which a layer's call made or, where ``None``, is a result of the model.
+
+        Returns:
+            The calls that it came from.
+        """
+        sources: set[int] = set()
+        for origin in self._flow.origins(tensor):
+            if origin.source < 0:
+                if call is not None:
+                    self._traces[self.calls[call]].inputs.add(self._inputs[-1 - origin.source])
+                continue
+            record = self._traces[self.calls[origin.source]]
+            record.activated = bool(record.activated) or origin.activated
+            record.consumers.add(origin.reader or "result")
+            sources.add(origin.source)
+            if call is not None:
+                self._reached.append((origin.source, call, origin.summed))
+        return sources
+
+    def trace(self) -> Trace:
+        """The graph of what ran."""
+        ran = list(dict.fromkeys(self.calls))
+        index = {name: i for i, name in enumerate(ran)}
+        reached = [(index[self.calls[s]], index[self.calls[t]], summed) for s, t, summed in self._reached]
+        unused = tuple(name for name, record in self._traces.items() if not record.calls)
+        return Trace(tuple(self._traces[name] for name in ran), _edges(reached, len(ran)), unused)
+
+
+def _named_inputs(model: nn.Module, example_input: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an example input, by the names of the model's arguments."""
+    if isinstance(example_input, Mapping):
+        yield from named_tensors(example_input)
+        return
+    positional = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
+    names = [
+        parameter.name
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    for number, value in enumerate(positional):
+        yield from named_tensors(value, names[number] if number < len(names) else str(number))
 
 
 def _describe(example_input: object) -> str:
@@ -228,64 +274,6 @@ def _describe(example_input: object) -> str:
     if isinstance(example_input, (tuple, list)):
         return f"a {type(example_input).__name__} of {', '.join(map(_describe, example_input)) or 'nothing'}"
     return f"of type {type(example_input).__name__}"
-
-
-def _walk_all(
-    calls: Sequence[str], nodes: Sequence[Any], result: object, traces: Mapping[str, LayerTrace]
-) -> list[tuple[int, int, bool]]:
-    """Walk back from each call's mark and from the host's result; fill in what follows each layer."""
-    found: list[tuple[int, int, bool]] = []
-    followed: dict[int, set[bool]] = {}
-    starts: list[tuple[int | None, Any]] = list(enumerate(nodes))
-    starts += [(None, leaf.grad_fn) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn]
-    for call, start in starts:
-        for source, summed, activated, consumer in _walk(start, start_is_mark=call is not None):
-            followed.setdefault(source, set()).add(activated)
-            traces[calls[source]].consumers.add(consumer or "result")
-            if call is not None:
-                found.append((source, call, summed))
-    for source, seen in followed.items():
-        record = traces[calls[source]]
-        record.activated = bool(record.activated) or any(seen)
-    return found
-
-
-def _walk(start: Any, *, start_is_mark: bool) -> Iterator[tuple[int, bool, bool, str]]:
-    """Yield (call, past a sum, past a non-linearity, first node that reads it) for each mark next behind ``start``."""
-    seen: set[tuple[Any, bool, bool, str]] = set()
-    stack: list[tuple[Any, bool, bool, str]] = []
-
-    def push(node: Any, summed: bool, activated: bool, reader: str) -> None:
-        state = (node, summed, activated, reader)
-        if node is not None and state not in seen:
-            seen.add(state)
-            stack.append(state)
-
-    if start_is_mark:
-        for node, _ in start.next_functions:
-            push(node, False, False, "")
-    else:
-        push(start, False, False, "")
-    while stack:
-        node, summed, activated, reader = stack.pop()
-        call = getattr(node, "kasmina_call", None)
-        if isinstance(call, int):
-            yield call, summed, activated, reader
-            continue
-        name = node.name().split("Backward")[0].rsplit("::", 1)[-1]
-        # A bias or a position's embedding is a parameter, and adding it joins no two paths of data.
-        joins = name in _SUMS and sum(_carries_data(following) for following, _ in node.next_functions) > 1
-        for following, _ in node.next_functions:
-            push(
-                following,
-                summed or joins,
-                activated or name in NONLINEARITIES,
-                reader if name in _TRANSPARENT else name,
-            )
-
-
-def _carries_data(node: Any) -> bool:
-    return node is not None and not node.name().endswith("AccumulateGrad")
 
 
 def _edges(reached: Sequence[tuple[int, int, bool]], layers: int) -> tuple[Edge, ...]:
@@ -310,14 +298,3 @@ def _edges(reached: Sequence[tuple[int, int, bool]], layers: int) -> tuple[Edge,
             kind = graph_pb2.EDGE_KIND_FORWARD
         edges.append(Edge(source, target, kind))
     return tuple(edges)
-
-
-def without_batch(shape: Sequence[int]) -> tuple[int, ...]:
-    """``shape`` without its first dimension."""
-    return tuple(shape[1:])
-
-
-def is_batched(kind: graph_pb2.LayerType.ValueType, trace_: LayerTrace) -> bool:
-    """Whether the layer's input has a batch dimension besides the dimensions that the layer itself asks for."""
-    needed = 2 if kind == LINEAR else CONV_RANKS[kind] + 2
-    return len(trace_.input_shape) >= needed
