@@ -164,7 +164,7 @@ def test_the_graph_message_says_what_the_host_is(case):
         ("head", [96], [3]),
     ]
     assert [layer.parameters for layer in graph.layers] == [40, 222, 291]
-    assert list(graph.blueprints) == ["low_rank", "mlp", "conv", "gate"]
+    assert list(graph.blueprints) == [blueprint.name for blueprint in kasmina.registered()]
     assert list(zip(graph.places.sources, graph.places.targets, strict=True)) == [
         (0, 0),
         (1, 1),
@@ -175,10 +175,21 @@ def test_the_graph_message_says_what_the_host_is(case):
     assert graph.structure_version == 1
 
 
+def test_a_host_may_grow_chosen_blueprints_only(case):
+    plain = case("mlp", wrapped=False)
+    kasmina.wrap(plain.model, plain.inputs, blueprints=["gate", "low_rank"])
+    graph = kasmina.host_of(plain.model).graph()
+    assert list(graph.blueprints) == ["low_rank", "gate"]
+    assert set(graph.places.blueprints) == {0b11}
+    other = case("mlp", wrapped=False)
+    with pytest.raises(ValueError, match="blueprints: 'tree' is not registered; low_rank, mlp"):
+        kasmina.wrap(other.model, other.inputs, blueprints=["mlp", "tree"])
+
+
 def test_blueprints_beyond_a_graft_s_budget_are_left_out_of_the_mask(case):
     host = kasmina.host_of(case("mlp").model)
-    assert all(mask == 0b1111 for mask in list(host.graph().places.blueprints)[:1])
-    assert host.graph(graft_parameter_budget=18).places.blueprints[0] == 0b0001
+    assert all(mask & 0b1111 == 0b1111 for mask in list(host.graph().places.blueprints)[:1])
+    assert host.graph(graft_parameter_budget=18).places.blueprints[0] & 0b1111 == 0b0001
     assert host.graph(graft_parameter_budget=1).places.blueprints[0] == 0
 
 

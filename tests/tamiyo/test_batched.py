@@ -120,7 +120,7 @@ def test_a_checked_state_is_unpacked_as_it_was_sent(state):
         expected = np.array(plain_column(getattr(state.layers, name), layers))
         assert row == pytest.approx(expected, nan_ok=True)
         assert known.tolist() == (~np.isnan(expected)).tolist()
-    nodes, at_places = node_features(view), place_features(view)
+    nodes, at_places = node_features(view), place_features(view, ())
     for name in ("effective_rank", "dead_fraction"):
         values = plain_column(getattr(state.layers, name), layers)
         assert nodes[:, NODE_FEATURES.index(name)] == pytest.approx([cut(value) for value in values])

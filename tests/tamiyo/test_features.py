@@ -165,3 +165,16 @@ def test_hosts_side_by_side_keep_to_themselves(tools):
     for kind, edges in enumerate(batch.edge_index):
         assert edges.shape[1] == small.edge_index[kind].shape[1] + large.edge_index[kind].shape[1]
     assert batch.to("cpu").allowed.equal(batch.allowed)
+
+
+def test_what_else_the_host_can_grow_changes_nothing_that_the_policy_sees(tools):
+    state = tools.state()
+    before = features.extract(state, VOCABULARY)
+    added = [f"new-{index}" for index in range(6)]
+    known = len(state.graph.blueprints)
+    state.graph.blueprints.extend(added)
+    for place, bits in enumerate(state.graph.places.blueprints):
+        state.graph.places.blueprints[place] = bits | 0b101101 << known
+    after = features.extract(state, VOCABULARY)
+    for name in ("node", "place", "graph", "allowed"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name

@@ -19,7 +19,7 @@ KERNEL: Final = 3
 SIGNAL_KERNEL: Final = 5
 """Taps of a convolution that reads a signal."""
 
-_POSITIONS: Final = 2
+POSITIONS: Final = 2
 """Positions along each dimension that :class:`SignalReader` tells apart."""
 
 _LEAK: Final = 0.1
@@ -40,21 +40,33 @@ _MAXIMUM: Final[tuple[Callable[..., Tensor], ...]] = (
 )
 
 
-def _pointwise(rank: int, inputs: int, outputs: int, *, bias: bool, zero: bool = False) -> nn.Module:
-    """A linear map over features (rank 0) or, by a 1×1 convolution, over channels."""
+def pointwise(rank: int, inputs: int, outputs: int, *, bias: bool, zeros: bool = False) -> nn.Module:
+    """A linear map over features (rank 0) or, by a 1×1 convolution, over channels; all zero with ``zeros``."""
     make: Callable[..., nn.Module] = _CONVOLUTIONS[rank - 1] if rank else nn.Linear
     layer = make(inputs, outputs, *(1,) * bool(rank), bias=bias)
-    return _zero(layer) if zero else layer
+    return zero(layer) if zeros else layer
 
 
-def _convolution(rank: int, inputs: int, outputs: int, kernel: int, groups: int = 1) -> nn.Module:
-    return _CONVOLUTIONS[rank - 1](inputs, outputs, kernel, padding=kernel // 2, groups=groups)
+def convolution(
+    rank: int, inputs: int, outputs: int, kernel: int, *, groups: int = 1, dilation: int = 1, bias: bool = True
+) -> nn.Module:
+    """A convolution over ``rank`` dimensions that keeps their lengths; ``kernel`` is odd."""
+    padding = dilation * (kernel // 2)
+    return _CONVOLUTIONS[rank - 1](
+        inputs, outputs, kernel, padding=padding, groups=groups, dilation=dilation, bias=bias
+    )
 
 
-def _zero(layer: nn.Module) -> nn.Module:
+def zero(layer: nn.Module) -> nn.Module:
+    """``layer`` with every parameter at zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def pool(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Averages of ``x``, (N, C, *spatial), at ``size`` positions, none larger than it has."""
+    return _AVERAGE[len(size) - 1](x, tuple(size))
 
 
 def match_spatial(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -64,11 +76,11 @@ def match_spatial(x: Tensor, size: Sequence[int]) -> Tensor:
     if have == want:
         return x
     if all(a >= b for a, b in zip(have, want, strict=True)):
-        return _AVERAGE[len(want) - 1](x, want)
+        return pool(x, want)
     return functional.interpolate(x, size=want, mode="nearest")
 
 
-def _flatten_for(x: Tensor, output: Tensor) -> Tensor:
+def flatten_for(x: Tensor, output: Tensor) -> Tensor:
     """Flatten what a convolution reads, (N, C, *spatial), where it is added to features, (N, F)."""
     return x.flatten(1) if x.dim() != output.dim() else x
 
@@ -82,12 +94,12 @@ class LowRank(nn.Module):
     def __init__(self, rank: int, inputs: int, size: int, outputs: int) -> None:
         super().__init__()
         self.rank = rank
-        self.down = _pointwise(rank, inputs, size, bias=False)
-        self.up = _pointwise(rank, size, outputs, bias=False, zero=True)
+        self.down = pointwise(rank, inputs, size, bias=False)
+        self.up = pointwise(rank, size, outputs, bias=False, zeros=True)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """What is added to ``output``."""
-        x = match_spatial(x, output.shape[2:]) if self.rank else _flatten_for(x, output)
+        x = match_spatial(x, output.shape[2:]) if self.rank else flatten_for(x, output)
         return cast(Tensor, self.up(self.down(x)))
 
 
@@ -97,12 +109,12 @@ class Mlp(nn.Module):
     def __init__(self, rank: int, inputs: int, size: int, outputs: int) -> None:
         super().__init__()
         self.rank = rank
-        self.hidden = nn.Linear(inputs, size) if rank == 0 else _convolution(rank, inputs, size, KERNEL)
-        self.out = _pointwise(rank, size, outputs, bias=False, zero=True)
+        self.hidden = nn.Linear(inputs, size) if rank == 0 else convolution(rank, inputs, size, KERNEL)
+        self.out = pointwise(rank, size, outputs, bias=False, zeros=True)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """What is added to ``output``."""
-        hidden = functional.relu(self.hidden(x if self.rank else _flatten_for(x, output)))
+        hidden = functional.relu(self.hidden(x if self.rank else flatten_for(x, output)))
         return cast(Tensor, self.out(match_spatial(hidden, output.shape[2:]) if self.rank else hidden))
 
 
@@ -114,14 +126,8 @@ class Separable(nn.Module):
 
     def __init__(self, rank: int, inputs: int, size: int, outputs: int) -> None:
         super().__init__()
-        self.depthwise = _convolution(rank, inputs, inputs * size, KERNEL, groups=inputs)
-        self.pointwise = _pointwise(rank, inputs * size, outputs, bias=False, zero=True)
-
-    @staticmethod
-    def cost(rank: int, inputs: int, size: int, outputs: int) -> int:
-        """Number of parameters."""
-        taps: int = KERNEL**rank
-        return inputs * size * (taps + 1 + outputs)
+        self.depthwise = convolution(rank, inputs, inputs * size, KERNEL, groups=inputs)
+        self.pointwise = pointwise(rank, inputs * size, outputs, bias=False, zeros=True)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """What is added to ``output``."""
@@ -141,16 +147,9 @@ class SignalReader(nn.Module):
         super().__init__()
         self.rank = rank
         self.unfold = unfold
-        self.first = _convolution(rank, channels, size, SIGNAL_KERNEL)
-        self.second = _convolution(rank, size, size, SIGNAL_KERNEL)
-        self.out = _zero(nn.Linear(size * _POSITIONS**rank, outputs, bias=False))
-
-    @staticmethod
-    def cost(rank: int, channels: int, size: int, outputs: int) -> int:
-        """Number of parameters."""
-        taps: int = SIGNAL_KERNEL**rank
-        positions: int = _POSITIONS**rank
-        return size * (channels * taps + 1) + size * (size * taps + 1) + size * positions * outputs
+        self.first = convolution(rank, channels, size, SIGNAL_KERNEL)
+        self.second = convolution(rank, size, size, SIGNAL_KERNEL)
+        self.out = zero(nn.Linear(size * POSITIONS**rank, outputs, bias=False))
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """What is added to ``output``."""
@@ -158,7 +157,7 @@ class SignalReader(nn.Module):
         # Leaky: with the few channels that a small budget buys, plain rectifiers are often all silent at birth.
         hidden = functional.leaky_relu(_MAXIMUM[self.rank - 1](self.first(signal), 2), _LEAK)
         hidden = functional.leaky_relu(self.second(hidden), _LEAK)
-        hidden = match_spatial(hidden, (_POSITIONS,) * self.rank)
+        hidden = match_spatial(hidden, (POSITIONS,) * self.rank)
         return cast(Tensor, self.out(hidden.flatten(1)).reshape(output.shape))
 
 
@@ -175,11 +174,11 @@ class Gate(nn.Module):
         super().__init__()
         self.squeeze = squeeze
         self.hidden = nn.Linear(inputs, size)
-        self.factor = _zero(nn.Linear(size, outputs))
+        self.factor = zero(nn.Linear(size, outputs))
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """What is added to ``output``."""
-        z = x.flatten(2).mean(2) if self.squeeze else _flatten_for(x, output)
+        z = x.flatten(2).mean(2) if self.squeeze else flatten_for(x, output)
         factor = torch.tanh(self.factor(functional.relu(self.hidden(z))))
         if self.squeeze:
             factor = factor.reshape(*factor.shape, *(1,) * (output.dim() - 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from esperml.client.errors import EsperError
 
 
@@ -11,6 +13,10 @@ class KasminaError(EsperError):
 
 class UnsupportedHostError(KasminaError):
     """The model cannot be wrapped. The message says why and what to do."""
+
+
+class CheckpointError(KasminaError):
+    """A state does not fit the run that shall take it up, or cannot be written down; nothing was changed."""
 
 
 class RefusedError(KasminaError):
@@ -23,3 +29,16 @@ class RefusedError(KasminaError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+FAILURES: Final = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+)
+"""What the code of a blueprint may raise without harm: the seed is not planted, or is left out of the pass."""

@@ -88,3 +88,18 @@ class Geometry:
     def out_features(self) -> int:
         """Features (or channels, where :attr:`spatial`) that the seed writes."""
         return self.output_shape[0] if self.spatial else self.output_shape[-1]
+
+    @property
+    def in_positions(self) -> int:
+        """Positions at which the input is read by one map: of a convolution's input, or of a sequence's features."""
+        return math.prod(self.input_shape[1:]) if self.spatial else self.out_positions
+
+    @property
+    def out_positions(self) -> int:
+        """Positions of the output at which one map writes: of channels, or of a sequence's features."""
+        return math.prod(self.output_shape[1:] if self.spatial else self.output_shape[:-1])
+
+    @property
+    def signal_shape(self) -> tuple[int, ...]:
+        """Channels and spatial shape of the input as a signal: a Linear layer's features are one of one channel."""
+        return self.input_shape if self.source_type in CONV_RANKS else (1, self.in_features)

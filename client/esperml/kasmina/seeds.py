@@ -8,14 +8,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esperml.kasmina import stages
+from esperml.kasmina.errors import FAILURES
 from esperml.kasmina.stages import SeedFacts, Stage
 from esperml.kasmina.topology import layer_input
 
 CONTAINER: Final = "kasmina_seeds"
 """Submodule of a target layer in which its seeds live. It exists only while there are any."""
-
-SEED_FAILURES: Final = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError)
-"""What a blueprint's forward pass may raise without harm: the seed is left out of that pass, and the error counted."""
 
 
 class Seed:
@@ -125,20 +123,21 @@ class Seed:
     def _graft_own_input(
         self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        return self._graft(layer_input(args, kwargs), output)
+        return self.graft(layer_input(args, kwargs), output)
 
     def _graft_kept_input(self, _layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         x, self._kept = self._kept, None
-        return self._graft(x, output)
+        return self.graft(x, output)
 
-    def _graft(self, x: Tensor | None, output: Tensor) -> Tensor | None:
+    def graft(self, x: Tensor | None, output: Tensor) -> Tensor | None:
+        """``output`` with what the seed adds to it, given its input ``x``; ``None`` where it adds nothing."""
         if self.alpha == 0:
             return None
         if x is None:
             return self._leave_out("its source layer did not run before its target")
         try:
             added = self.body(x, output)
-        except SEED_FAILURES as error:
+        except FAILURES as error:
             return self._leave_out(f"{type(error).__name__}: {error}")
         if not isinstance(added, Tensor) or added.shape != output.shape:
             shape = tuple(added.shape) if isinstance(added, Tensor) else type(added).__name__

@@ -99,7 +99,7 @@ PLACE_MEANINGS: Final[Mapping[str, str]] = {
     "log_dense_size": "entries of a full linear map from source to target; 1 at 10^8",
     "spatial_source": "1 where the seed reads more than one dimension",
     "spatial_target": "1 where the seed adds to more than one dimension",
-    "fitting": "share of the host's blueprints that fit here",
+    "fitting": "share of those of the host's blueprints that the policy knows which fit here",
     "occupied": "1 where a seed lives here",
     "fossilised": "fossils here, squashed",
     "germinated": "seeds that were planted here so far, squashed",

@@ -64,7 +64,7 @@ def tensors(view: StateView, vocabulary: Sequence[str]) -> GraphTensors:
         edge_index=view.structure.edge_index,
         place_source=torch.from_numpy(view.place_source),
         place_target=torch.from_numpy(view.place_target),
-        place=torch.from_numpy(place_features(view)),
+        place=torch.from_numpy(place_features(view, vocabulary)),
         allowed=torch.from_numpy(allowed_blueprints(view.state, vocabulary)),
         graph=torch.from_numpy(graph_features(view)[0]),
     )

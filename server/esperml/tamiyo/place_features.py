@@ -33,8 +33,14 @@ _SHEET: Final = Sheet(
 )
 
 
-def place_features(view: StateView) -> NDArray[np.float32]:
-    """Every feature of :data:`~esperml.tamiyo.feature_names.PLACE_FEATURES`, ``[P, Q]``."""
+def place_features(view: StateView, vocabulary: Sequence[str]) -> NDArray[np.float32]:
+    """Every feature of :data:`~esperml.tamiyo.feature_names.PLACE_FEATURES`, ``[P, Q]``.
+
+    Args:
+        view: a state with P places.
+        vocabulary: names of the blueprints that the policy knows. What else the host can grow must not change what
+            the policy sees: it is the same host.
+    """
     source, target, specs = view.place_source, view.place_target, view.specs
     growth, explained = view.places["growth_gradient"], view.places["explained_error"]
     read, added = specs.in_width[source], specs.out_width[target]
@@ -51,7 +57,7 @@ def place_features(view: StateView) -> NDArray[np.float32]:
             "widening": np.where(spans_two, ratio(np.minimum(read, added), narrowest_on_the_way), 0.0),
             "spatial_source": specs.spatial_in[source],
             "spatial_target": specs.spatial_out[target],
-            "fitting": _fitting(view.state.graph),
+            "fitting": _fitting(view.state.graph, vocabulary),
             "occupied": view.count_at_places(view.live_seeds) > 0,
             "explained_error": explained,
         },
@@ -76,9 +82,10 @@ def place_features(view: StateView) -> NDArray[np.float32]:
     )
 
 
-def _fitting(graph: graph_pb2.HostGraph) -> Array:
-    bits = np.bitwise_count(np.array(graph.places.blueprints, dtype=np.uint64))
-    share: Array = bits / max(1, len(graph.blueprints))
+def _fitting(graph: graph_pb2.HostGraph, vocabulary: Sequence[str]) -> Array:
+    known = sum(1 << bit for bit, name in enumerate(graph.blueprints) if name in vocabulary)
+    bits = np.bitwise_count(np.array(graph.places.blueprints, dtype=np.uint64) & np.uint64(known))
+    share: Array = bits / max(1, known.bit_count())
     return share
 
 

@@ -33,6 +33,8 @@ _STEPS: Final = (
     "hold_steps",
     "last_germination_step",
 )
+BLUEPRINTS: Final = ("low_rank", "mlp", "conv", "gate")
+"""What twins can grow: what the shipped policy was trained on, so that every policy chooses among the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ def train_twin(
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        host = kasmina.wrap(host, task.train.inputs[: spec.batch_size])
+        host = kasmina.wrap(host, task.train.inputs[: spec.batch_size], blueprints=BLUEPRINTS)
         optimizer = torch.optim.AdamW(host.parameters(), lr=spec.learning_rate)
         with kasmina.connect(
             link,
