@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Callable
 
-from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from esperml.kasmina import stages
 from esperml.kasmina.errors import RefusedError
 from esperml.kasmina.host import Host
 from esperml.kasmina.seeds import Seed
-
-_PER_GROUP_LISTS: Final = (
-    "base_lrs",
-    "_last_lr",
-    "lr_lambdas",
-    "min_lrs",
-    "max_lrs",
-    "base_momentums",
-    "max_momentums",
-)
-"""Attributes in which torch's schedulers keep one entry a parameter group."""
+from esperml.kasmina.surgery import Surgery
 
 
 class Grafter:
-    """Carries out changes on a host and its running optimizer.
-
-    Newborn parameters join the optimizer as their own parameter group with the hyperparameters that its first group
-    has at that moment; what the optimizer knows of the host's parameters stays as it is. Schedulers get an entry for
-    the new group, copied from the first.
+    """Carries out changes on a host and its running optimizer; see :class:`~esperml.kasmina.surgery.Surgery`.
 
     Call it between optimizer steps only.
 
@@ -38,12 +22,15 @@ class Grafter:
         host: the wrapped model's host.
         optimizer: the optimizer that trains it, or ``None`` for a host that is not trained.
         scheduler: its scheduler, if any; those inside a ``SequentialLR`` or ``ChainedScheduler`` are found.
+
+    Attributes:
+        host: the host.
+        surgery: adds parameters to the optimizer, and takes them out.
     """
 
     def __init__(self, host: Host, optimizer: Optimizer | None, scheduler: object | None = None) -> None:
         self.host = host
-        self._optimizer = optimizer
-        self._scheduler = scheduler
+        self.surgery = Surgery(optimizer, scheduler)
 
     def germinate(
         self,
@@ -55,22 +42,37 @@ class Grafter:
         seed_id: str,
         blend_steps: int = 0,
         decision_id: str = "",
+        accept: Callable[[Seed], None] = lambda _seed: None,
     ) -> Seed:
         """Plant a seed as large as ``parameter_budget`` allows; the host's outputs stay the same.
 
+        Args:
+            blueprint: what to plant.
+            source_layer: layer whose input it reads.
+            target_layer: layer to whose output it adds.
+            parameter_budget: most parameters that it may have.
+            seed_id: its name.
+            blend_steps: optimizer steps over which its alpha rises to 1.
+            decision_id: the decision that asks for it.
+            accept: raises :class:`RefusedError` where the seed, as it turned out, is not wanted.
+
         Raises:
-            RefusedError: see :meth:`Host.plant`; also where the optimizer takes no second parameter group.
+            RefusedError: see :meth:`Host.plant`; also where the optimizer does not take the seed's parameters.
         """
-        if isinstance(self._optimizer, LBFGS):
-            raise RefusedError("LBFGS keeps all parameters in one group, so that none can join it")
-        # A scheduler that is not extended raises at its next step, in the user's loop.
-        if self._scheduler is None and hasattr(getattr(self._optimizer, "step", None), "_wrapped_by_lr_sched"):
-            raise RefusedError("the optimizer has a learning-rate scheduler; give it to connect() as scheduler=")
+        self.surgery.check()
         place = self.host.place_index(source_layer, target_layer)
+        version = self.host.structure_version
         seed = self.host.plant(
             blueprint, place, parameter_budget, seed_id=seed_id, blend_steps=blend_steps, decision_id=decision_id
         )
-        self._join(seed)
+        try:
+            self.surgery.check(seed.body)
+            accept(seed)
+        except RefusedError:
+            self.host.uproot(seed)
+            self.host.structure_version = version  # Nobody has seen those between.
+            raise
+        self.surgery.join(seed.seed_id, seed.body, self.host.layers[self.host.places[place].target].module)
         return seed
 
     def set_alpha(self, seed_id: str, alpha: float) -> Seed:
@@ -94,64 +96,10 @@ class Grafter:
         """Remove a seed, its parameters and what the optimizer knows of them. Raises :class:`RefusedError`."""
         seed = self.host.seed(seed_id)
         self.host.uproot(seed)
-        self._leave(seed)
+        self.surgery.leave(seed.body)
         return seed
 
     def advance(self) -> None:
         """One optimizer step has passed: alphas rise, and seeds go on to their next stage."""
         for seed in self.host.seeds.values():
             seed.advance()
-
-    def _join(self, seed: Seed) -> None:
-        if self._optimizer is None:
-            return
-        first = self._optimizer.param_groups[0]
-        names = [f"{seed.seed_id}.{name}" for name, _ in seed.body.named_parameters()]
-        parameters = list(seed.body.parameters())
-        group = {key: _own(value) for key, value in first.items() if key not in {"params", "param_names"}}
-        group["params"] = list(zip(names, parameters, strict=True)) if "param_names" in first else parameters
-        before = len(self._optimizer.param_groups)
-        self._optimizer.add_param_group(group)
-        for values in self._per_group_lists(before):
-            values.append(_own(values[0]))
-
-    def _leave(self, seed: Seed) -> None:
-        if self._optimizer is None:
-            return
-        parameters = list(seed.body.parameters())
-        gone = {id(parameter) for parameter in parameters}
-        groups = self._optimizer.param_groups
-        for at in reversed(range(len(groups))):
-            # The user may have put them into another group, or taken them out.
-            kept = [parameter for parameter in groups[at]["params"] if id(parameter) not in gone]
-            if kept or not groups[at]["params"]:
-                groups[at]["params"] = kept
-                continue
-            for values in self._per_group_lists(len(groups)):
-                del values[at]
-            del groups[at]
-        for parameter in parameters:
-            self._optimizer.state.pop(parameter, None)
-
-    def _per_group_lists(self, groups: int) -> Iterator[list[Any]]:
-        seen: set[int] = set()
-        for scheduler in _schedulers(self._scheduler):
-            for name in _PER_GROUP_LISTS:
-                values = getattr(scheduler, name, None)
-                # Schedulers inside a SequentialLR may share a list.
-                if isinstance(values, list) and len(values) == groups and id(values) not in seen:
-                    seen.add(id(values))
-                    yield values
-
-
-def _schedulers(scheduler: object | None) -> Iterator[object]:
-    if scheduler is None:
-        return
-    yield scheduler
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _schedulers(inner)
-
-
-def _own(value: Any) -> Any:
-    """A copy for another group: a tensor that holds a learning rate is changed in place by schedulers."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
