@@ -14,9 +14,10 @@
 
 from esperml.kasmina.blueprints import Blueprint, register, registered, unregister
 from esperml.kasmina.connecting import connect
-from esperml.kasmina.errors import KasminaError, RefusedError, UnsupportedHostError
+from esperml.kasmina.errors import CheckpointError, KasminaError, RefusedError, UnsupportedHostError
 from esperml.kasmina.evaluation import Evaluator
 from esperml.kasmina.geometry import Geometry
+from esperml.kasmina.governor import GovernorOptions
 from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.grpc_link import GrpcLink
 from esperml.kasmina.host import Host, Place, host_of, preview, print_trainable_parameters, unwrap, wrap
@@ -30,8 +31,10 @@ from esperml.kasmina.tables import LayerTable, ParameterCount
 
 __all__ = [
     "Blueprint",
+    "CheckpointError",
     "Evaluator",
     "Geometry",
+    "GovernorOptions",
     "Grafter",
     "GrpcLink",
     "Host",

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from itertools import chain, count
 from typing import Final
 
+from esperml.kasmina.budgets import Budgets
 from esperml.kasmina.errors import RefusedError
+from esperml.kasmina.governor import Change, Governor
 from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.seeds import Seed
 from esperml.v1 import decision_pb2, graph_pb2
@@ -37,13 +39,33 @@ class Commander:
         grafter: makes the changes.
         limits: what the user allows; no command can go beyond it.
         mode: in observe mode every command is refused.
+        governor: keeps a state to go back to before each change, and is told of it; ``None``: nobody does.
+        budgets: hold a new seed to what it may cost.
     """
 
-    def __init__(self, grafter: Grafter, limits: graph_pb2.RunLimits, mode: decision_pb2.Mode.ValueType) -> None:
+    def __init__(
+        self,
+        grafter: Grafter,
+        limits: graph_pb2.RunLimits,
+        mode: decision_pb2.Mode.ValueType,
+        governor: Governor | None,
+        budgets: Budgets,
+    ) -> None:
         self._grafter = grafter
         self._limits = limits
         self._mode = mode
+        self._governor = governor
+        self._budgets = budgets
         self._handled: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def handled(self) -> list[str]:
+        """Decisions whose commands were handled, oldest first."""
+        return list(self._handled)
+
+    @handled.setter
+    def handled(self, decisions: list[str]) -> None:
+        self._handled = OrderedDict.fromkeys(decisions)
 
     def carry_out(self, command: decision_pb2.Command, step: int) -> Carried | None:
         """Apply or refuse ``command`` at ``step``. ``None`` where it was handled before."""
@@ -62,10 +84,13 @@ class Commander:
                 applied.reason = f"it expired after step {command.expires_after_step}; this is step {step}"
             else:
                 self._check_allowed(command)
+                self._prepare(verb, step)
                 seed, added = self._apply(command, verb, step)
                 applied.status = decision_pb2.COMMAND_STATUS_APPLIED
                 applied.seed_id = seed.seed_id
                 applied.parameters_added = added
+                if self._governor is not None:
+                    self._governor.changed(Change(step, command.decision_id, seed.seed_id, verb, added))
         except RefusedError as error:
             applied.status = decision_pb2.COMMAND_STATUS_REFUSED
             applied.reason = error.reason
@@ -77,11 +102,26 @@ class Commander:
             raise RefusedError("the run is only observed")
         if not command.decision_id:
             raise RefusedError("decision_id is required")
+        if self._governor is not None and command.decided_at_step <= self._governor.rolled_back_at:
+            raise RefusedError(
+                f"it was decided at step {command.decided_at_step}, before the roll-back at step "
+                f"{self._governor.rolled_back_at}"
+            )
+
+    def _prepare(self, verb: str, step: int) -> None:
+        if self._governor is None:
+            return
+        try:
+            self._governor.prepare(step)
+        except RefusedError:
+            # To take a seed away is no risk that a state to go back to must cover.
+            if verb != "cull":
+                raise
 
     def _apply(self, command: decision_pb2.Command, verb: str, step: int) -> tuple[Seed, int]:
         target = command.target
         if verb == "germinate":
-            budget = self._budget(command.action.germinate, step)
+            budget = self._budget(command.action.germinate, target.target_layer, step)
             seed = self._grafter.germinate(
                 command.action.germinate.blueprint,
                 target.source_layer,
@@ -90,6 +130,7 @@ class Commander:
                 seed_id=self._name(command.decision_id),
                 blend_steps=command.action.germinate.blend_steps,
                 decision_id=command.decision_id,
+                accept=self._budgets.accept,
             )
             return seed, seed.parameter_count
         if verb == "set_alpha":
@@ -101,7 +142,7 @@ class Commander:
             return seed, -seed.parameter_count
         raise RefusedError(f"there is nothing to carry out: action is {verb!r}")
 
-    def _budget(self, germinate: decision_pb2.Germinate, step: int) -> int:
+    def _budget(self, germinate: decision_pb2.Germinate, target_layer: str, step: int) -> int:
         """Most parameters that a new seed may have: the least of what is asked for, allowed, and left."""
         host, limits = self._grafter.host, self._limits
         if germinate.parameter_budget < 1:
@@ -119,7 +160,8 @@ class Commander:
             budget = min(budget, limits.graft_parameter_budget)
         if limits.HasField("parameter_budget"):
             budget = min(budget, limits.parameter_budget - host.seed_parameters)
-        return budget
+        room = self._budgets.room(host.layers[host.layer_index(target_layer)].module)
+        return budget if room is None else min(budget, room)
 
     def _name(self, decision_id: str) -> str:
         """A short name of the decision, that no other seed has."""

@@ -9,13 +9,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from esperml.client.credentials import Credentials
+from esperml.kasmina.errors import KasminaError
 from esperml.kasmina.evaluation import Evaluator
 from esperml.kasmina.figures import client_version
+from esperml.kasmina.governor import GovernorOptions
 from esperml.kasmina.grpc_link import GrpcLink
 from esperml.kasmina.host import host_of
 from esperml.kasmina.link import Link
 from esperml.kasmina.session import Session
+from esperml.kasmina.surgery import why_closed
 from esperml.v1 import decision_pb2, graph_pb2, run_pb2
+
+GOVERNED: Final = GovernorOptions()
+"""How a run is guarded unless it asks otherwise."""
 
 ModeName = Literal["observe", "advise", "act"]
 
@@ -41,6 +47,7 @@ def connect(
     labels: Mapping[str, str] | None = None,
     report_every: int = 50,
     evaluate_every: int | None = None,
+    governor: GovernorOptions | None = GOVERNED,
     credentials: Credentials | None = None,
 ) -> Session:
     """Connect a training run to Tamiyo. Never waits, and never fails for a server that is not there.
@@ -64,12 +71,13 @@ def connect(
         report_every: optimizer steps from one report to the next.
         evaluate_every: optimizer steps from one evaluation to the next, a multiple of ``report_every``; by default
             each report has one.
+        governor: how the run is guarded against changes that do harm; ``None``: not at all.
         credentials: token and TLS, where the server asks for them. Default: what ``ESPER_TOKEN``, ``ESPER_CA`` and the
             like say; see :meth:`~esperml.client.Credentials.from_environment`.
 
     Raises:
         CredentialsError: those variables do not go together.
-        KasminaError: the model is not wrapped.
+        KasminaError: the model is not wrapped, or nothing can join the optimizer though Tamiyo may act.
         ValueError: ``run``, ``mode``, ``report_every`` or ``evaluate_every`` is out of range.
     """
     if not 1 <= len(run) <= 128:
@@ -81,6 +89,9 @@ def connect(
     if evaluate_every is not None and (evaluate_every < 1 or evaluate_every % report_every):
         raise ValueError(f"evaluate_every must be a multiple of report_every ({report_every}), not {evaluate_every}")
     host_of(model)
+    closed = why_closed(optimizer)
+    if closed and mode != "observe":
+        raise KasminaError(f"{closed}; connect with mode='observe'")
     if isinstance(target, str):
         credentials = Credentials.from_environment() if credentials is None else credentials
         link: Link = GrpcLink(target, run, credentials=credentials)
@@ -104,4 +115,5 @@ def connect(
         evaluate=evaluate,
         report_every=report_every,
         evaluate_every=evaluate_every or report_every,
+        governor=governor,
     )

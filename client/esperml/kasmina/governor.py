@@ -4,7 +4,8 @@ Before the first change, and from then on at intervals while a seed lives or a c
 all that training depends on, and only of a state that is sound. Where the loss falls sick (see
 :mod:`~esperml.kasmina.loss_watch`) it goes back to the newest snapshot from before that began. Changes made since are
 undone by that; where there are none, the youngest seed is culled. Where the loss falls sick again, it goes back to an
-older snapshot, and without any it culls every seed that lives. So the host's own training always has the last word.
+older snapshot, without the seeds that it has culled, and without any snapshot it culls every seed that lives. So the
+host's own training always has the last word.
 
 A run that was never changed is watched and never touched: its trouble is its own, and only told.
 """
@@ -139,6 +140,7 @@ class Governor:
         self._changes: deque[Change] = deque(maxlen=_MOST_CHANGES)
         self._pending: deque[tuple[int, Tensor]] = deque(maxlen=_MOST_PENDING)
         self._rate: float | None = None
+        self._condemned: set[str] = set()  # Seeds that were culled here; an older snapshot may still hold them.
 
     @property
     def snapshot_bytes(self) -> int:
@@ -214,6 +216,7 @@ class Governor:
             "changes": [asdict(change) for change in self._changes],
             "rolled_back_at": self.rolled_back_at,
             "rate": self._rate,
+            "condemned": sorted(self._condemned),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -225,6 +228,7 @@ class Governor:
         self._changes.extend(Change(**change) for change in state["changes"])
         self.rolled_back_at = state["rolled_back_at"]
         self._rate = state["rate"]
+        self._condemned = set(state["condemned"])
 
     def close(self) -> None:
         """Drop the snapshots."""
@@ -287,9 +291,16 @@ class Governor:
         if found is None:
             return self._cull_all(step, verdict)
         taken, state = found
-        undone = tuple(change for change in reversed(self._changes) if change.step >= taken)
+        undone = tuple(
+            change
+            for change in reversed(self._changes)
+            if change.step >= taken and change.decision_id and change.seed_id not in self._condemned
+        )
         restructured = self._training.restore(state, torch_only=not self._options.all_generators)
         self._resume(state["governor"])
+        for seed_id in self._condemned & self._grafter.host.seeds.keys():
+            self._cull(step, seed_id)
+            restructured = True
         words = f"{verdict.words}, since step {verdict.since}: rolled back to step {taken}"
         if undone:
             words += ", which undoes " + ", ".join(f"{change.verb} {change.seed_id}" for change in undone)
@@ -322,6 +333,11 @@ class Governor:
         live = [seed for seed in self._grafter.host.seeds.values() if seed.live]
         if not live:
             return ()
-        seed = self._grafter.cull(min(live, key=lambda seed: seed.age).seed_id)
-        self.changed(Change(step, "", seed.seed_id, "cull", -seed.parameter_count))
+        seed = min(live, key=lambda seed: seed.age)
+        self._cull(step, seed.seed_id)
         return (Change(step, seed.decision_id, seed.seed_id, "germinate", seed.parameter_count),)
+
+    def _cull(self, step: int, seed_id: str) -> None:
+        seed = self._grafter.cull(seed_id)
+        self._condemned.add(seed_id)
+        self.changed(Change(step, "", seed_id, "cull", -seed.parameter_count))

@@ -7,7 +7,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esperml.client.events import new_event
+from esperml.kasmina.budgets import Budgets
 from esperml.kasmina.clock import StepClock
 from esperml.kasmina.commands import Commander
+from esperml.kasmina.errors import CheckpointError
 from esperml.kasmina.evaluation import Evaluator
 from esperml.kasmina.figures import as_epoch, seed_signal
+from esperml.kasmina.governor import Governor, GovernorOptions, Intervention
 from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.host import host_of
 from esperml.kasmina.link import Link
 from esperml.kasmina.proposals import Proposals
 from esperml.kasmina.reporting import Reporter
 from esperml.kasmina.summary import Summary
+from esperml.kasmina.training_state import TrainingState
 from esperml.settings import TamiyoSettings
 from esperml.v1 import decision_pb2, event_pb2, graph_pb2, run_pb2
 
@@ -34,6 +38,9 @@ _log = structlog.get_logger(__name__)
 
 CLOSE_TIMEOUT_S: Final = 5.0
 _ACTIONS_KEPT: Final = 1000
+_EVENTS_A_STEP: Final = 32
+"""Most commands and notices that are taken up between two optimizer steps: a storm of them must not stop training."""
+_EVENTS_WAITING: Final = 10_000
 _HOLD_STEPS: Final = TamiyoSettings().hold_steps
 
 
@@ -65,6 +72,7 @@ class Session:
         evaluate: Evaluator | None,
         report_every: int,
         evaluate_every: int,
+        governor: GovernorOptions | None,
     ) -> None:
         self.run = run
         self.session_id = uuid.uuid4().hex
@@ -79,8 +87,14 @@ class Session:
         limits = started.limits
         self._graft_budget = limits.graft_parameter_budget if limits.HasField("graft_parameter_budget") else None
         self._grafter = Grafter(self._host, optimizer, scheduler)
-        self._commander = Commander(self._grafter, limits, started.mode)
+        self._training = TrainingState(self._grafter, optimizer, scheduler)
+        may_act = started.mode != decision_pb2.MODE_OBSERVE
+        self._governor = (
+            None if governor is None else Governor(self._training, self._grafter, optimizer, governor, may_act=may_act)
+        )
         self._clock = StepClock()
+        self._budgets = Budgets(self._grafter, optimizer, limits, self._clock)
+        self._commander = Commander(self._grafter, limits, started.mode, self._governor, self._budgets)
         self._reporter = Reporter(
             model,
             optimizer,
@@ -93,6 +107,7 @@ class Session:
         self._traceparents: dict[str, str] = {}  # Of the commands that came with one, by decision.
         self._proposals = Proposals()
         self._remarks: dict[str, str] = {}
+        self._waiting: deque[event_pb2.Event] = deque(maxlen=_EVENTS_WAITING)
         self._superseded = False
         self._sender_seconds = 0.0
         self._epoch: int | None = None
@@ -143,6 +158,44 @@ class Session:
         """The run is completed: say so, send what is left for at most 5 s, and let go of the model."""
         self._guard(self._close, run_pb2.RUN_END_COMPLETED, "")
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact resume needs: host, seeds, optimizer, scheduler, random number generators, and the session.
+
+        ``torch.save`` it between optimizer steps; ``torch.load(weights_only=True)`` reads it. It is a copy.
+
+        Raises:
+            CheckpointError: the optimizer or the scheduler keeps what cannot be written so; the message names it.
+        """
+        with self.untimed():
+            own = {"steps": self.steps, "epoch": self._epoch, "handled": self._commander.handled}
+            return {
+                **self._training.capture(),
+                "session": own,
+                "governor": None if self._governor is None else self._governor.state_dict(),
+            }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly from where :meth:`state_dict` was called, here or in another process.
+
+        The model must be wrapped anew by the same code, with the same blueprints registered; optimizer and scheduler
+        must be of the same kinds over the same groups. Seeds are planted again.
+
+        Raises:
+            CheckpointError: the state does not fit; the message names what. Nothing was changed.
+        """
+        with self.untimed():
+            if "session" not in state:
+                raise CheckpointError("session is missing: the state is none of Session.state_dict()")
+            restructured = self._training.restore(state)
+            self.steps, self._epoch = state["session"]["steps"], state["session"]["epoch"]
+            self._commander.handled = state["session"]["handled"]
+            if self._governor is not None and state["governor"] is not None:
+                self._governor.load_state_dict(state["governor"])
+            self._reporter.disarm()
+            if restructured:
+                self._guard(self._tell_structure)
+            self._guard(self._arm_if_due)
+
     def summary(self) -> Summary:
         """What was seen, what was done and why."""
         statistics = self._link.statistics()
@@ -190,14 +243,53 @@ class Session:
             self._begin_epoch(epoch)
         if self._host.seeds:
             self._grafter.advance()
+        if self.steps % self._report_every == 0 and not self._superseded:
+            self._report(loss)
+        self._govern(loss)
         if self._superseded:
             return
-        if self.steps % self._report_every == 0:
-            self._report(loss)
+        self._receive()
+        self._arm_if_due()
+
+    def _receive(self) -> None:
         for event in self._link.received():
             if event.session_id in ("", self.session_id):
-                self._take(event)
-        self._arm_if_due()
+                if len(self._waiting) == _EVENTS_WAITING:
+                    self._remark("storm", f"more than {_EVENTS_WAITING} commands wait: the oldest are left out")
+                self._waiting.append(event)
+        for _ in range(min(len(self._waiting), _EVENTS_A_STEP)):
+            self._take(self._waiting.popleft())
+
+    def _govern(self, loss: Tensor | float | None) -> None:
+        """Undo what did harm or costs more than is allowed, and say so."""
+        at_report = self.steps % self._report_every == 0
+        if self._governor is not None:
+            self._governor.note(self.steps, loss)
+            self._tell(self._governor.check(self.steps, at_report=at_report))
+            for about, words in self._governor.remarks.items():
+                self._remark(about, words)
+        if at_report:
+            self._tell(self._budgets.check(self.steps))
+
+    def _tell(self, intervention: Intervention | None) -> None:
+        if intervention is None:
+            return
+        self._actions.append((self.steps, intervention.words))
+        _log.warning("governor_intervened", run_id=self.run, step=self.steps, reason=intervention.words)
+        for change in intervention.undone:
+            if change.decision_id:
+                undone = decision_pb2.Applied(
+                    decision_id=change.decision_id,
+                    status=decision_pb2.COMMAND_STATUS_UNDONE,
+                    reason=intervention.words,
+                    step=self.steps,
+                    seed_id=change.seed_id,
+                    parameters_added=-change.parameters_added,
+                    structure_version=self._host.structure_version,
+                )
+                self._publish(event_pb2.KIND_OUTCOMES, change.decision_id, applied=undone)
+        if intervention.restructured:
+            self._tell_structure()
 
     def _begin_epoch(self, epoch: int) -> None:
         known = as_epoch(epoch)
@@ -266,8 +358,11 @@ class Session:
         _log.info("command_handled", run_id=self.run, step=self.steps, outcome=carried.words)
         self._publish(event_pb2.KIND_OUTCOMES, command.decision_id, applied=carried.applied)
         if carried.structure_changed:
-            changed = run_pb2.StructureChanged(step=self.steps, decision_id=command.decision_id, graph=self._graph())
-            self._publish(event_pb2.KIND_EVENTS, command.decision_id, structure_changed=changed)
+            self._tell_structure(command.decision_id)
+
+    def _tell_structure(self, decision_id: str = "") -> None:
+        changed = run_pb2.StructureChanged(step=self.steps, decision_id=decision_id, graph=self._graph())
+        self._publish(event_pb2.KIND_EVENTS, decision_id, structure_changed=changed)
 
     def _graph(self) -> graph_pb2.HostGraph:
         return self._host.graph(self._graft_budget)
@@ -289,6 +384,8 @@ class Session:
         start = time.perf_counter()
         self._closed = True
         self._reporter.disarm()
+        if self._governor is not None:
+            self._governor.close()
         # The run is another session's where that one has superseded this, and has not ended.
         if not self._superseded:
             self._tell_epochs()

@@ -19,6 +19,64 @@ else:
 
 DESCRIPTOR: descriptor.FileDescriptor
 
+class _AlphaSchedule:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AlphaScheduleEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_AlphaSchedule.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    ALPHA_SCHEDULE_UNSPECIFIED: _AlphaSchedule.ValueType  # 0
+    """Not stated: linear."""
+    ALPHA_SCHEDULE_LINEAR: _AlphaSchedule.ValueType  # 1
+    """p."""
+    ALPHA_SCHEDULE_COSINE: _AlphaSchedule.ValueType  # 2
+    """(1 - cos(pi p)) / 2."""
+    ALPHA_SCHEDULE_SIGMOID: _AlphaSchedule.ValueType  # 3
+    """The logistic function of 12 (p - 1/2), stretched to run from 0 to 1."""
+
+class AlphaSchedule(_AlphaSchedule, metaclass=_AlphaScheduleEnumTypeWrapper):
+    """How alpha rises from 0 to 1 over the steps of blending; p is the share of them that has passed."""
+
+ALPHA_SCHEDULE_UNSPECIFIED: AlphaSchedule.ValueType  # 0
+"""Not stated: linear."""
+ALPHA_SCHEDULE_LINEAR: AlphaSchedule.ValueType  # 1
+"""p."""
+ALPHA_SCHEDULE_COSINE: AlphaSchedule.ValueType  # 2
+"""(1 - cos(pi p)) / 2."""
+ALPHA_SCHEDULE_SIGMOID: AlphaSchedule.ValueType  # 3
+"""The logistic function of 12 (p - 1/2), stretched to run from 0 to 1."""
+
+class _Initialisation:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InitialisationEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Initialisation.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    INITIALISATION_UNSPECIFIED: _Initialisation.ValueType  # 0
+    """Not stated: random."""
+    INITIALISATION_RANDOM: _Initialisation.ValueType  # 1
+    """At random, as torch.nn chooses them."""
+    INITIALISATION_GRADMAX: _Initialisation.ValueType  # 2
+    """Those that make the gradient of the zero weights greatest, from the gradients of the first step (Evci et al. 2022,
+    GradMax). The seed starts a step later.
+    """
+    INITIALISATION_NET2NET: _Initialisation.ValueType  # 3
+    """Copies of units of the source layer, with some noise (Chen et al. 2016, Net2Net)."""
+
+class Initialisation(_Initialisation, metaclass=_InitialisationEnumTypeWrapper):
+    """How the first weights of a seed are chosen. Its last ones are zero in any case, so that it adds nothing at first."""
+
+INITIALISATION_UNSPECIFIED: Initialisation.ValueType  # 0
+"""Not stated: random."""
+INITIALISATION_RANDOM: Initialisation.ValueType  # 1
+"""At random, as torch.nn chooses them."""
+INITIALISATION_GRADMAX: Initialisation.ValueType  # 2
+"""Those that make the gradient of the zero weights greatest, from the gradients of the first step (Evci et al. 2022,
+GradMax). The seed starts a step later.
+"""
+INITIALISATION_NET2NET: Initialisation.ValueType  # 3
+"""Copies of units of the source layer, with some noise (Chen et al. 2016, Net2Net)."""
+
 class _Mode:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -122,6 +180,10 @@ class _CommandStatusEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_CommandS
     """Not carried out; the reason is given."""
     COMMAND_STATUS_EXPIRED: _CommandStatus.ValueType  # 3
     """Came too late."""
+    COMMAND_STATUS_UNDONE: _CommandStatus.ValueType  # 4
+    """Was carried out, and undone since by the host itself: it did harm, or cost more than the run allows. The reason is
+    given. Said after "applied".
+    """
 
 class CommandStatus(_CommandStatus, metaclass=_CommandStatusEnumTypeWrapper):
     """What a host did with a command."""
@@ -134,6 +196,10 @@ COMMAND_STATUS_REFUSED: CommandStatus.ValueType  # 2
 """Not carried out; the reason is given."""
 COMMAND_STATUS_EXPIRED: CommandStatus.ValueType  # 3
 """Came too late."""
+COMMAND_STATUS_UNDONE: CommandStatus.ValueType  # 4
+"""Was carried out, and undone since by the host itself: it did harm, or cost more than the run allows. The reason is
+given. Said after "applied".
+"""
 
 class _Basis:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -210,22 +276,40 @@ class Germinate(message.Message):
     BLUEPRINT_FIELD_NUMBER: builtins.int
     PARAMETER_BUDGET_FIELD_NUMBER: builtins.int
     BLEND_STEPS_FIELD_NUMBER: builtins.int
+    TRAIN_STEPS_FIELD_NUMBER: builtins.int
+    SCHEDULE_FIELD_NUMBER: builtins.int
+    WARMUP_STEPS_FIELD_NUMBER: builtins.int
+    INITIALISATION_FIELD_NUMBER: builtins.int
     blueprint: builtins.str
     """Name of the blueprint, one of HostGraph.blueprints."""
     parameter_budget: builtins.int
     """Most parameters that the seed may have; it is made as large as fits. At least 1."""
     blend_steps: builtins.int
-    """Steps over which alpha rises linearly from 0 to 1. 0 means at once."""
+    """Steps over which alpha rises from 0 to 1. 0 means at once."""
+    train_steps: builtins.int
+    """Steps that the seed trains before it blends in: it learns from the host's gradients and adds nothing. 0 means none."""
+    schedule: AlphaSchedule.ValueType
+    """How alpha rises."""
+    warmup_steps: builtins.int
+    """Steps over which the learning rate of the seed's parameters rises from near 0 to that of the host's. 0 means at
+    once.
+    """
+    initialisation: Initialisation.ValueType
+    """How its first weights are chosen. Refused where the blueprint cannot be initialised so."""
     def __init__(
         self,
         *,
         blueprint: builtins.str = ...,
         parameter_budget: builtins.int = ...,
         blend_steps: builtins.int = ...,
+        train_steps: builtins.int = ...,
+        schedule: AlphaSchedule.ValueType = ...,
+        warmup_steps: builtins.int = ...,
+        initialisation: Initialisation.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["blend_steps", b"blend_steps", "blueprint", b"blueprint", "parameter_budget", b"parameter_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["blend_steps", b"blend_steps", "blueprint", b"blueprint", "initialisation", b"initialisation", "parameter_budget", b"parameter_budget", "schedule", b"schedule", "train_steps", b"train_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

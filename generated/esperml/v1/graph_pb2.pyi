@@ -599,6 +599,10 @@ class RunLimits(message.Message):
     BLEND_STEPS_FIELD_NUMBER: builtins.int
     HOLD_STEPS_FIELD_NUMBER: builtins.int
     LAST_GERMINATION_STEP_FIELD_NUMBER: builtins.int
+    EMBARGO_STEPS_FIELD_NUMBER: builtins.int
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: builtins.int
+    STEP_TIME_RATIO_FIELD_NUMBER: builtins.int
+    FLOP_BUDGET_FIELD_NUMBER: builtins.int
     parameter_budget: builtins.int
     """Parameters that all seeds of the run may have together."""
     graft_parameter_budget: builtins.int
@@ -615,6 +619,20 @@ class RunLimits(message.Message):
     """Steps that a seed holds before it is fossilised or culled."""
     last_germination_step: builtins.int
     """Step after which nothing more is germinated."""
+    embargo_steps: builtins.int
+    """Steps that a place rests after a cull or a refusal. A host refuses what is to grow there meanwhile only where the
+    run itself states this; the server's default binds Tamiyo alone.
+    """
+    memory_budget_bytes: builtins.int
+    """Bytes that all seeds of the run may take together: parameters, buffers, gradients and the optimizer's state.
+    Unlike the above it has no default, nor have those below: absent, they do not bind.
+    """
+    step_time_ratio: builtins.float
+    """Time that a step may take with seeds, relative to its time before anything grew; more than 1."""
+    flop_budget: builtins.int
+    """Floating-point operations that all seeds together may add to one forward pass for one example, a multiplication
+    and an addition counted as two.
+    """
     def __init__(
         self,
         *,
@@ -626,15 +644,23 @@ class RunLimits(message.Message):
         blend_steps: builtins.int | None = ...,
         hold_steps: builtins.int | None = ...,
         last_germination_step: builtins.int | None = ...,
+        embargo_steps: builtins.int | None = ...,
+        memory_budget_bytes: builtins.int | None = ...,
+        step_time_ratio: builtins.float | None = ...,
+        flop_budget: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_blend_steps", b"_blend_steps", "_decision_interval_steps", b"_decision_interval_steps", "_graft_parameter_budget", b"_graft_parameter_budget", "_hold_steps", b"_hold_steps", "_last_germination_step", b"_last_germination_step", "_max_live_seeds", b"_max_live_seeds", "_parameter_budget", b"_parameter_budget", "_warmup_steps", b"_warmup_steps", "blend_steps", b"blend_steps", "decision_interval_steps", b"decision_interval_steps", "graft_parameter_budget", b"graft_parameter_budget", "hold_steps", b"hold_steps", "last_germination_step", b"last_germination_step", "max_live_seeds", b"max_live_seeds", "parameter_budget", b"parameter_budget", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_blend_steps", b"_blend_steps", "_decision_interval_steps", b"_decision_interval_steps", "_embargo_steps", b"_embargo_steps", "_flop_budget", b"_flop_budget", "_graft_parameter_budget", b"_graft_parameter_budget", "_hold_steps", b"_hold_steps", "_last_germination_step", b"_last_germination_step", "_max_live_seeds", b"_max_live_seeds", "_memory_budget_bytes", b"_memory_budget_bytes", "_parameter_budget", b"_parameter_budget", "_step_time_ratio", b"_step_time_ratio", "_warmup_steps", b"_warmup_steps", "blend_steps", b"blend_steps", "decision_interval_steps", b"decision_interval_steps", "embargo_steps", b"embargo_steps", "flop_budget", b"flop_budget", "graft_parameter_budget", b"graft_parameter_budget", "hold_steps", b"hold_steps", "last_germination_step", b"last_germination_step", "max_live_seeds", b"max_live_seeds", "memory_budget_bytes", b"memory_budget_bytes", "parameter_budget", b"parameter_budget", "step_time_ratio", b"step_time_ratio", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_blend_steps", b"_blend_steps", "_decision_interval_steps", b"_decision_interval_steps", "_graft_parameter_budget", b"_graft_parameter_budget", "_hold_steps", b"_hold_steps", "_last_germination_step", b"_last_germination_step", "_max_live_seeds", b"_max_live_seeds", "_parameter_budget", b"_parameter_budget", "_warmup_steps", b"_warmup_steps", "blend_steps", b"blend_steps", "decision_interval_steps", b"decision_interval_steps", "graft_parameter_budget", b"graft_parameter_budget", "hold_steps", b"hold_steps", "last_germination_step", b"last_germination_step", "max_live_seeds", b"max_live_seeds", "parameter_budget", b"parameter_budget", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_blend_steps", b"_blend_steps", "_decision_interval_steps", b"_decision_interval_steps", "_embargo_steps", b"_embargo_steps", "_flop_budget", b"_flop_budget", "_graft_parameter_budget", b"_graft_parameter_budget", "_hold_steps", b"_hold_steps", "_last_germination_step", b"_last_germination_step", "_max_live_seeds", b"_max_live_seeds", "_memory_budget_bytes", b"_memory_budget_bytes", "_parameter_budget", b"_parameter_budget", "_step_time_ratio", b"_step_time_ratio", "_warmup_steps", b"_warmup_steps", "blend_steps", b"blend_steps", "decision_interval_steps", b"decision_interval_steps", "embargo_steps", b"embargo_steps", "flop_budget", b"flop_budget", "graft_parameter_budget", b"graft_parameter_budget", "hold_steps", b"hold_steps", "last_germination_step", b"last_germination_step", "max_live_seeds", b"max_live_seeds", "memory_budget_bytes", b"memory_budget_bytes", "parameter_budget", b"parameter_budget", "step_time_ratio", b"step_time_ratio", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__blend_steps: _TypeAlias = typing.Literal["blend_steps"]  # noqa: Y015
     _WhichOneofArgType__blend_steps: _TypeAlias = typing.Literal["_blend_steps", b"_blend_steps"]  # noqa: Y015
     _WhichOneofReturnType__decision_interval_steps: _TypeAlias = typing.Literal["decision_interval_steps"]  # noqa: Y015
     _WhichOneofArgType__decision_interval_steps: _TypeAlias = typing.Literal["_decision_interval_steps", b"_decision_interval_steps"]  # noqa: Y015
+    _WhichOneofReturnType__embargo_steps: _TypeAlias = typing.Literal["embargo_steps"]  # noqa: Y015
+    _WhichOneofArgType__embargo_steps: _TypeAlias = typing.Literal["_embargo_steps", b"_embargo_steps"]  # noqa: Y015
+    _WhichOneofReturnType__flop_budget: _TypeAlias = typing.Literal["flop_budget"]  # noqa: Y015
+    _WhichOneofArgType__flop_budget: _TypeAlias = typing.Literal["_flop_budget", b"_flop_budget"]  # noqa: Y015
     _WhichOneofReturnType__graft_parameter_budget: _TypeAlias = typing.Literal["graft_parameter_budget"]  # noqa: Y015
     _WhichOneofArgType__graft_parameter_budget: _TypeAlias = typing.Literal["_graft_parameter_budget", b"_graft_parameter_budget"]  # noqa: Y015
     _WhichOneofReturnType__hold_steps: _TypeAlias = typing.Literal["hold_steps"]  # noqa: Y015
@@ -643,14 +669,22 @@ class RunLimits(message.Message):
     _WhichOneofArgType__last_germination_step: _TypeAlias = typing.Literal["_last_germination_step", b"_last_germination_step"]  # noqa: Y015
     _WhichOneofReturnType__max_live_seeds: _TypeAlias = typing.Literal["max_live_seeds"]  # noqa: Y015
     _WhichOneofArgType__max_live_seeds: _TypeAlias = typing.Literal["_max_live_seeds", b"_max_live_seeds"]  # noqa: Y015
+    _WhichOneofReturnType__memory_budget_bytes: _TypeAlias = typing.Literal["memory_budget_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_budget_bytes: _TypeAlias = typing.Literal["_memory_budget_bytes", b"_memory_budget_bytes"]  # noqa: Y015
     _WhichOneofReturnType__parameter_budget: _TypeAlias = typing.Literal["parameter_budget"]  # noqa: Y015
     _WhichOneofArgType__parameter_budget: _TypeAlias = typing.Literal["_parameter_budget", b"_parameter_budget"]  # noqa: Y015
+    _WhichOneofReturnType__step_time_ratio: _TypeAlias = typing.Literal["step_time_ratio"]  # noqa: Y015
+    _WhichOneofArgType__step_time_ratio: _TypeAlias = typing.Literal["_step_time_ratio", b"_step_time_ratio"]  # noqa: Y015
     _WhichOneofReturnType__warmup_steps: _TypeAlias = typing.Literal["warmup_steps"]  # noqa: Y015
     _WhichOneofArgType__warmup_steps: _TypeAlias = typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__blend_steps) -> _WhichOneofReturnType__blend_steps | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__decision_interval_steps) -> _WhichOneofReturnType__decision_interval_steps | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__embargo_steps) -> _WhichOneofReturnType__embargo_steps | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__flop_budget) -> _WhichOneofReturnType__flop_budget | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__graft_parameter_budget) -> _WhichOneofReturnType__graft_parameter_budget | None: ...
     @typing.overload
@@ -660,7 +694,11 @@ class RunLimits(message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_live_seeds) -> _WhichOneofReturnType__max_live_seeds | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_budget_bytes) -> _WhichOneofReturnType__memory_budget_bytes | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parameter_budget) -> _WhichOneofReturnType__parameter_budget | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_time_ratio) -> _WhichOneofReturnType__step_time_ratio | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_steps) -> _WhichOneofReturnType__warmup_steps | None: ...
 

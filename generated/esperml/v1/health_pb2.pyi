@@ -41,7 +41,15 @@ class _SeedStageEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_SeedStage.Va
     SEED_STAGE_FOSSILISED: _SeedStage.ValueType  # 5
     """Part of the host for good."""
     SEED_STAGE_CULLED: _SeedStage.ValueType  # 6
-    """Removed."""
+    """Removed. A seed is here for a moment only: its place goes on to rest."""
+    SEED_STAGE_TRAINING: _SeedStage.ValueType  # 7
+    """It learns from the host's gradients and adds nothing yet: outputs and gradients of the host are unchanged. Only
+    where a command asks for it (Germinate.train_steps); for all else it is as a seed that blends.
+    """
+    SEED_STAGE_EMBARGOED: _SeedStage.ValueType  # 8
+    """Of a place: nothing may grow there yet, since a seed was removed."""
+    SEED_STAGE_ROLLED_BACK: _SeedStage.ValueType  # 9
+    """Removed because the run went back to a moment before it was planted."""
 
 class SeedStage(_SeedStage, metaclass=_SeedStageEnumTypeWrapper):
     """The stages of a seed's life. client/esperml/kasmina/stages.py holds the table of valid transitions."""
@@ -59,7 +67,15 @@ SEED_STAGE_HOLDING: SeedStage.ValueType  # 4
 SEED_STAGE_FOSSILISED: SeedStage.ValueType  # 5
 """Part of the host for good."""
 SEED_STAGE_CULLED: SeedStage.ValueType  # 6
-"""Removed."""
+"""Removed. A seed is here for a moment only: its place goes on to rest."""
+SEED_STAGE_TRAINING: SeedStage.ValueType  # 7
+"""It learns from the host's gradients and adds nothing yet: outputs and gradients of the host are unchanged. Only
+where a command asks for it (Germinate.train_steps); for all else it is as a seed that blends.
+"""
+SEED_STAGE_EMBARGOED: SeedStage.ValueType  # 8
+"""Of a place: nothing may grow there yet, since a seed was removed."""
+SEED_STAGE_ROLLED_BACK: SeedStage.ValueType  # 9
+"""Removed because the run went back to a moment before it was planted."""
 
 @typing.final
 class EnhancedHealthSignal(message.Message):
@@ -493,6 +509,44 @@ class RunMeasures(message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__train_loss) -> _WhichOneofReturnType__train_loss | None: ...
 
 @typing.final
+class Sampling(message.Message):
+    """How much of a host is measured, so that what Esper costs keeps to a ceiling."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CEILING_FIELD_NUMBER: builtins.int
+    INTERVAL_FIELD_NUMBER: builtins.int
+    LAYERS_DUE_FIELD_NUMBER: builtins.int
+    LAYERS_FIELD_NUMBER: builtins.int
+    REPORTS_SKIPPED_FIELD_NUMBER: builtins.int
+    ceiling: builtins.float
+    """Greatest share of the time that Esper may take, as the user stated it, 0 to 1."""
+    interval: builtins.int
+    """Optimizer steps from the report before to this one. Absent in the first."""
+    layers_due: builtins.int
+    """Layers whose turn it was to be measured for this report."""
+    layers: builtins.int
+    """How many of them were measured within the ceiling; the others come first next time."""
+    reports_skipped: builtins.int
+    """Reports that were due and were not made, to keep to the ceiling, since the run began."""
+    def __init__(
+        self,
+        *,
+        ceiling: builtins.float = ...,
+        interval: builtins.int | None = ...,
+        layers_due: builtins.int = ...,
+        layers: builtins.int = ...,
+        reports_skipped: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_interval", b"_interval", "interval", b"interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_interval", b"_interval", "ceiling", b"ceiling", "interval", b"interval", "layers", b"layers", "layers_due", b"layers_due", "reports_skipped", b"reports_skipped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__interval: _TypeAlias = typing.Literal["interval"]  # noqa: Y015
+    _WhichOneofArgType__interval: _TypeAlias = typing.Literal["_interval", b"_interval"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval) -> _WhichOneofReturnType__interval | None: ...
+
+@typing.final
 class HealthReport(message.Message):
     """What a host reports of itself at one step. Carried by the kind "telemetry"."""
 
@@ -506,6 +560,7 @@ class HealthReport(message.Message):
     PLACES_FIELD_NUMBER: builtins.int
     SEEDS_FIELD_NUMBER: builtins.int
     REPORTS_DROPPED_FIELD_NUMBER: builtins.int
+    SAMPLING_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Optimizer step, counted from 1 by the session."""
     epoch: builtins.int
@@ -530,6 +585,10 @@ class HealthReport(message.Message):
     def seeds(self) -> containers.RepeatedCompositeFieldContainer[SeedSignal]:
         """Every seed that is alive or fossilised."""
 
+    @builtins.property
+    def sampling(self) -> Sampling:
+        """How much is measured under the user's ceiling. Absent where there is no ceiling."""
+
     def __init__(
         self,
         *,
@@ -541,10 +600,11 @@ class HealthReport(message.Message):
         places: abc.Iterable[PlaceSignal] | None = ...,
         seeds: abc.Iterable[SeedSignal] | None = ...,
         reports_dropped: builtins.int = ...,
+        sampling: Sampling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "run", b"run", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "layers", b"layers", "places", b"places", "reports_dropped", b"reports_dropped", "run", b"run", "seeds", b"seeds", "step", b"step", "structure_version", b"structure_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "layers", b"layers", "places", b"places", "reports_dropped", b"reports_dropped", "run", b"run", "sampling", b"sampling", "seeds", b"seeds", "step", b"step", "structure_version", b"structure_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epoch: _TypeAlias = typing.Literal["epoch"]  # noqa: Y015
     _WhichOneofArgType__epoch: _TypeAlias = typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
