@@ -57,7 +57,8 @@ def connect(
 
     Args:
         target: address of the server, for example ``localhost:50051``, or a link.
-        model: a model that :func:`~esperml.kasmina.wrap` has wrapped.
+        model: a model that :func:`~esperml.kasmina.wrap` has wrapped; also one that ``torch.compile`` has compiled or
+            that is under DistributedDataParallel since.
         optimizer: the optimizer that trains it.
         run: name of the run, 1 to 128 characters, unique on the server.
         scheduler: learning-rate scheduler, if there is one; it is extended when parameters join the optimizer.
@@ -88,7 +89,7 @@ def connect(
         raise ValueError(f"report_every must be at least 1, not {report_every}")
     if evaluate_every is not None and (evaluate_every < 1 or evaluate_every % report_every):
         raise ValueError(f"evaluate_every must be a multiple of report_every ({report_every}), not {evaluate_every}")
-    host_of(model)
+    model = host_of(model).model
     closed = why_closed(optimizer)
     if closed and mode != "observe":
         raise KasminaError(f"{closed}; connect with mode='observe'")

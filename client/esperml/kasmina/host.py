@@ -15,12 +15,12 @@ from esperml.kasmina import stages, topology
 from esperml.kasmina.blueprints import Blueprint
 from esperml.kasmina.errors import KasminaError, RefusedError, UnsupportedHostError
 from esperml.kasmina.geometry import Geometry
-from esperml.kasmina.kinds import kind_name
 from esperml.kasmina.layers import KasminaLayer
 from esperml.kasmina.networks import to_networkx
 from esperml.kasmina.seeds import Seed
 from esperml.kasmina.selection import Selected, Selection, select
-from esperml.kasmina.tables import LayerRow, LayerTable, ParameterCount
+from esperml.kasmina.tables import LayerTable, ParameterCount, layer_rows
+from esperml.kasmina.wrappers import seen_through, wrapping_name
 from esperml.v1 import graph_pb2
 
 if TYPE_CHECKING:
@@ -195,25 +195,7 @@ class Host:
 
     def table(self) -> LayerTable:
         """The layers, and what can grow where, for a person."""
-        rows = []
-        for i, layer in enumerate(self.layers):
-            places = [place for place in self.places if place.target == i]
-            fitting = [b.name for n, b in enumerate(self.blueprints) if any(place.fitting >> n & 1 for place in places)]
-            parameters = layer.parameters()
-            rows.append(
-                LayerRow(
-                    layer=layer.name,
-                    kind=kind_name(layer.type),
-                    calls=layer.calls,
-                    input_shape=layer.input_shape,
-                    output_shape=layer.output_shape,
-                    parameters=_entries(parameters),
-                    trainable=_entries(parameter for parameter in parameters if parameter.requires_grad),
-                    sources=tuple(self.layers[place.source].name for place in places),
-                    blueprints=tuple(fitting),
-                )
-            )
-        return LayerTable(tuple(rows), self.unused)
+        return LayerTable(tuple(layer_rows(self.layers, self.places, self.blueprints)), self.unused)
 
     def parameter_counts(self) -> ParameterCount:
         """How many parameters there are now, and how many of them train."""
@@ -336,12 +318,13 @@ def preview(
     layers: Selection = None,
     exclude: Selection = None,
     observe: Selection = None,
+    blueprints: Sequence[str] | None = None,
 ) -> LayerTable:
     """What :func:`wrap` would make of ``model``, which stays plain: its layers, and what could grow where.
 
     Takes what :func:`wrap` takes, and raises what it raises. Runs a forward pass or two.
     """
-    return _host(model, example_input, layers, exclude, observe).table()
+    return _host(model, example_input, layers, exclude, observe, blueprints).table()
 
 
 def unwrap(model: Model) -> Model:
@@ -354,16 +337,20 @@ def unwrap(model: Model) -> Model:
     host = host_of(model)
     if host.seeds:
         raise KasminaError(f"the model has seeds: {', '.join(host.seeds)}; cull them first, or bake the model")
-    object.__delattr__(model, _ATTRIBUTE)
+    object.__delattr__(host.model, _ATTRIBUTE)
     return model
 
 
 def host_of(model: nn.Module) -> Host:
-    """The host that :func:`wrap` made of ``model``. Raises :class:`KasminaError` where it is not wrapped."""
-    host = vars(model).get(_ATTRIBUTE)
-    if not isinstance(host, Host):
-        raise KasminaError("the model is not wrapped; call kasmina.wrap(model, example_input) first")
-    return host
+    """The host that :func:`wrap` made of ``model``. Raises :class:`KasminaError` where it is not wrapped.
+
+    A compiled model, and one under DistributedDataParallel, has the host of the model inside.
+    """
+    for module in seen_through(model):
+        host = vars(module).get(_ATTRIBUTE)
+        if isinstance(host, Host):
+            return host
+    raise KasminaError("the model is not wrapped; call kasmina.wrap(model, example_input) first")
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -381,8 +368,11 @@ def _host(
     layers: Selection,
     exclude: Selection,
     observe: Selection,
-    blueprints: Sequence[str] | None = None,
+    blueprints: Sequence[str] | None,
 ) -> Host:
+    around = wrapping_name(model)
+    if around:
+        raise UnsupportedHostError(f"the model is a {around}; wrap the model inside, and then make this of it")
     for name, module in model.named_modules():
         if _ATTRIBUTE in vars(module):
             what = f"the model's part {name!r}" if name else "the model"

@@ -7,7 +7,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esperml.kasmina import stages
+from esperml.kasmina import compiling, stages
 from esperml.kasmina.errors import FAILURES
 from esperml.kasmina.stages import SeedFacts, Stage
 from esperml.kasmina.topology import layer_input
@@ -97,7 +97,7 @@ class Seed:
         """Register the body with the target and hook it on."""
         container = getattr(target, CONTAINER, None)
         if not isinstance(container, nn.ModuleDict):
-            container = nn.ModuleDict()
+            container = nn.ModuleDict().train(target.training)
             target.add_module(CONTAINER, container)
         container[self.seed_id] = self.body
         if source is target:
@@ -105,6 +105,7 @@ class Seed:
         else:
             self._handles.append(source.register_forward_pre_hook(self._keep, with_kwargs=True))
             self._handles.append(target.register_forward_hook(self._graft_kept_input))
+        compiling.hooks_changed()
 
     def detach(self, target: nn.Module) -> None:
         """Take hooks and body off, and the container with the last of them."""
@@ -116,6 +117,7 @@ class Seed:
         del container[self.seed_id]
         if not len(container):
             delattr(target, CONTAINER)
+        compiling.hooks_changed()
 
     def _keep(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._kept = layer_input(args, kwargs)

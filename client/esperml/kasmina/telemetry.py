@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from esperml.kasmina import measures, sampling
+from esperml.kasmina.compiling import AsWritten
 from esperml.kasmina.geometry import LINEAR
 from esperml.kasmina.host import Host
 from esperml.kasmina.kinds import GROWING
@@ -60,6 +61,7 @@ class Telemetry:
         self._parameters = [float(layer.parameter_count) for layer in host.layers]
         self._flops = [_flops(layer) for layer in host.layers]
         self._relations = Relations(host, self._probes)
+        self._as_written = AsWritten()
         self._turn: Sequence[int] = ()
         self._next = 0  # The first layer whose turn has not come.
         self._turns: int | None = None  # Begun since all layers had theirs at once; None before.
@@ -80,9 +82,12 @@ class Telemetry:
         self._turn = tuple(turn)
         for index in self._relations.sources(turn):
             self._probes[index].arm(fully=index in turn)
+        if turn:
+            self._as_written.begin()
 
     def disarm(self) -> None:
         """Take all hooks off and let go of what they kept."""
+        self._as_written.end()
         for probe in self._probes:
             probe.disarm()
 
