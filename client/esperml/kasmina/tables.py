@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from esperml.kasmina.blueprints import Blueprint
+from esperml.kasmina.kinds import kind_name
+from esperml.kasmina.layers import KasminaLayer
+
+if TYPE_CHECKING:
+    from esperml.kasmina.host import Place
 
 _HEADINGS: Final = ("layer", "kind", "reads", "gives", "parameters", "places", "can grow")
 
@@ -89,6 +96,26 @@ class ParameterCount:
         return (
             f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f} || "
             f"in seeds: {self.seeds:,}"
+        )
+
+
+def layer_rows(
+    layers: Sequence[KasminaLayer], places: Sequence[Place], blueprints: Sequence[Blueprint]
+) -> Iterator[LayerRow]:
+    """The rows of a host with these layers and places; ``blueprints`` in the order of the places' bit masks."""
+    for index, layer in enumerate(layers):
+        here = [place for place in places if place.target == index]
+        parameters = layer.parameters()
+        yield LayerRow(
+            layer=layer.name,
+            kind=kind_name(layer.type),
+            calls=layer.calls,
+            input_shape=layer.input_shape,
+            output_shape=layer.output_shape,
+            parameters=layer.parameter_count,
+            trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            sources=tuple(layers[place.source].name for place in here),
+            blueprints=tuple(b.name for n, b in enumerate(blueprints) if any(place.fitting >> n & 1 for place in here)),
         )
 
 
