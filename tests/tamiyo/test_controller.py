@@ -99,6 +99,16 @@ def test_a_refusal_puts_the_place_under_an_embargo(tools, host):
     assert host.controller.run("run").refused == 1
 
 
+def test_what_the_host_undid_is_experience_and_its_place_rests(tools, host):
+    step, told = tools.until_command(host)
+    host.answer(told.commands[0], step=step)
+    host.answer(told.commands[0], status=decision_pb2.COMMAND_STATUS_UNDONE, step=step + 50)
+    after = tools.told(host.report(step + 100))
+    assert "embargo" in [finding.rule for finding in after.decisions[0].rules]
+    assert was_carried_out(after.experience[0])
+    assert (host.controller.run("run").applied, host.controller.run("run").refused) == (1, 0)
+
+
 def test_an_expired_command_releases_its_place(tools, tmp_path):
     host = tools.Host(tools.controller(tmp_path, command_ttl_steps=150, max_live_seeds=1))
     host.start()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import time
 from collections import deque
 from statistics import median
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from esperml.kasmina.clock import StepClock
-from esperml.kasmina.errors import RefusedError
+from esperml.kasmina.errors import FAILURES, RefusedError
+from esperml.kasmina.geometry import Geometry
 from esperml.kasmina.governor import Change, Intervention
 from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.seeds import Seed
@@ -48,6 +51,7 @@ class Budgets:
         self._since: deque[float] = deque(maxlen=_NEEDED)
         self._mark = (time.perf_counter(), 0.0, 0.0, 0)
         self._structure = self._host.structure_version
+        self._flops: dict[str, int] = {}  # By seed.
 
     def room(self, target: nn.Module) -> int | None:
         """Most parameters that the memory which is left allows a seed at ``target``; ``None``: no limit is stated."""
@@ -59,7 +63,7 @@ class Budgets:
 
     def accept(self, seed: Seed) -> None:
         """Raise :class:`RefusedError` where ``seed``, which was just planted, is beyond a limit whatever it stated."""
-        found = self._beyond(seed)
+        found = self._beyond(seed) or self._flops_beyond(seed)
         if found:
             raise RefusedError(f"over budget: {found}")
 
@@ -101,6 +105,26 @@ class Budgets:
                 return f"the seeds take {taken} bytes, {limits.memory_budget_bytes} are allowed"
         return ""
 
+    def _flops_beyond(self, seed: Seed) -> str:
+        """Whether ``seed`` takes the operations of all beyond the limit; counted on its body, not as stated."""
+        if not self._limits.HasField("flop_budget"):
+            return ""
+        # The bodies of seeds do not change, and to count them takes a pass.
+        known = {name: self._flops.get(name) for name in self._host.seeds}
+        self._flops = {
+            name: count_flops(self._host.seeds[name].body, self._host.places[self._host.seeds[name].place].geometry)
+            if flops is None
+            else flops
+            for name, flops in known.items()
+        }
+        total = sum(self._flops.values())
+        if total <= self._limits.flop_budget:
+            return ""
+        return (
+            f"the seeds take {total} floating-point operations an example with the {self._flops[seed.seed_id]} of "
+            f"this one, {self._limits.flop_budget} are allowed"
+        )
+
     def _too_slow(self) -> str:
         if not self._limits.HasField("step_time_ratio") or not self._before or len(self._since) < _NEEDED:
             return ""
@@ -130,8 +154,26 @@ class Budgets:
         for parameter, state in self._optimizer.state.items():
             if isinstance(parameter, Tensor) and state:
                 kept = sum(_bytes(value) for value in state.values() if isinstance(value, Tensor))
-                return math.ceil(kept / _bytes(parameter)) if _bytes(parameter) > 64 else _STATES_UNKNOWN
+                return round(kept / max(_bytes(parameter), 1))
         return _STATES_UNKNOWN
+
+
+def count_flops(body: nn.Module, geometry: Geometry) -> int:
+    """Floating-point operations of one forward pass for one example, on a copy that holds no memory.
+
+    Raises:
+        RefusedError: the pass fails there, so that they cannot be counted.
+    """
+    shadow = copy.deepcopy(body).to("meta").eval()
+    x = torch.empty(1, *geometry.input_shape, device="meta")
+    output = torch.empty(1, *geometry.output_shape, device="meta")
+    dtype = next((parameter.dtype for parameter in body.parameters()), x.dtype)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            shadow(x.to(dtype), output.to(dtype))
+    except FAILURES as error:
+        raise RefusedError(f"its operations cannot be counted: {type(error).__name__}: {error}") from error
+    return int(counter.get_total_flops())
 
 
 def _bytes(tensor: Any) -> int:

@@ -20,7 +20,7 @@ lasts, and the reference stays as it is.
 where S is significant and m is the median of the excursion's last :data:`LATEST` losses, or where m is that of the
 whole window: so it also ends a climb that is too slow for an excursion. It has *stalled* where one excursion has lasted
 :data:`STALL` losses without getting better — the median of its second half lies above the ceiling, and no lower than
-that of its first — or where the last :data:`FLAT` losses vary by less than a hundredth of the reference's spread, above
+that of its first — or where the last :data:`FLAT` losses vary by less than a thousandth of the reference's spread, above
 its level: nothing learns any more. It is *not finite* where the last :data:`NOT_FINITE` losses are NaN or infinite.
 
 Noise that is correlated over twenty losses and more, and a first reference of few of them, may look like a stall.
@@ -49,7 +49,7 @@ _P0, _P1 = 0.05, 0.5
 _ABOVE: Final = math.log(_P1 / _P0)
 _BELOW: Final = math.log((1 - _P1) / (1 - _P0))
 SIGNIFICANT: Final = math.log(1e9)
-_STILL: Final = 0.01
+_STILL: Final = 0.001
 
 Ailment = Literal["not finite", "diverged", "stalled"]
 

@@ -164,9 +164,14 @@ class RunControl:
         run.settling.pop(decision.target.seed_id, None)
         names = (decision.target.source_layer, decision.target.target_layer)
         verb = decision.action.WhichOneof("kind") or "none"
+        rest = self._settings.embargo_steps
+        if applied.status == decision_pb2.COMMAND_STATUS_UNDONE:
+            # It was carried out, and what came of it is experience; the place rests as after a cull.
+            if verb == "germinate":
+                run.embargo[names] = applied.step + rest
+            return
         if run.open_experience and run.open_experience.decision.decision_id == applied.decision_id:
             run.open_experience.applied = applied
-        rest = self._settings.embargo_steps
         if applied.status != decision_pb2.COMMAND_STATUS_APPLIED:
             run.refused += 1
             if verb == "germinate" and applied.status == decision_pb2.COMMAND_STATUS_REFUSED:
