@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Literal
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from esperml.client.credentials import Credentials
+from esperml.kasmina.distributed import check_same, session_of
 from esperml.kasmina.errors import KasminaError
 from esperml.kasmina.evaluation import Evaluator
 from esperml.kasmina.figures import client_version
 from esperml.kasmina.governor import GovernorOptions
 from esperml.kasmina.grpc_link import GrpcLink
 from esperml.kasmina.host import host_of
-from esperml.kasmina.link import Link
+from esperml.kasmina.link import Link, LocalLink
+from esperml.kasmina.ranks import ranks_of
 from esperml.kasmina.session import Session
 from esperml.kasmina.surgery import why_closed
 from esperml.v1 import decision_pb2, graph_pb2, run_pb2
@@ -49,8 +52,12 @@ def connect(
     evaluate_every: int | None = None,
     governor: GovernorOptions | None = GOVERNED,
     credentials: Credentials | None = None,
+    distributed: bool | ProcessGroup | None = None,
 ) -> Session:
     """Connect a training run to Tamiyo. Never waits, and never fails for a server that is not there.
+
+    Processes that train one model together, as under DistributedDataParallel, all connect, at the same place of the
+    program; for that they wait for each other. Rank 0 then speaks for all; see :mod:`esperml.kasmina.distributed`.
 
     What it reports carries the W3C trace context in ``TRACEPARENT``, if the environment has one, and what is decided on
     it carries it on.
@@ -75,10 +82,13 @@ def connect(
         governor: how the run is guarded against changes that do harm; ``None``: not at all.
         credentials: token and TLS, where the server asks for them. Default: what ``ESPER_TOKEN``, ``ESPER_CA`` and the
             like say; see :meth:`~esperml.client.Credentials.from_environment`.
+        distributed: the processes that train this model together, as a group; ``True`` for all, ``False`` if this one
+            trains it alone. Default: all, where ``torch.distributed`` is initialised.
 
     Raises:
         CredentialsError: those variables do not go together.
-        KasminaError: the model is not wrapped, or nothing can join the optimizer though Tamiyo may act.
+        KasminaError: the model is not wrapped, or nothing can join the optimizer though Tamiyo may act; parameters are
+            sharded; ranks have not wrapped the same model, or ``torch.distributed`` is not initialised.
         ValueError: ``run``, ``mode``, ``report_every`` or ``evaluate_every`` is out of range.
     """
     if not 1 <= len(run) <= 128:
@@ -93,9 +103,14 @@ def connect(
     closed = why_closed(optimizer)
     if closed and mode != "observe":
         raise KasminaError(f"{closed}; connect with mode='observe'")
-    if isinstance(target, str):
+    ranks = ranks_of(host_of(model), distributed)
+    if ranks is not None:
+        check_same(ranks, host_of(model), run=run, report_every=report_every)
+    if ranks is not None and not ranks.leads:
+        link: Link = LocalLink(lambda _kind, _event: [])
+    elif isinstance(target, str):
         credentials = Credentials.from_environment() if credentials is None else credentials
-        link: Link = GrpcLink(target, run, credentials=credentials)
+        link = GrpcLink(target, run, credentials=credentials)
     else:
         link = target
     started = run_pb2.RunStarted(
@@ -106,7 +121,8 @@ def connect(
         labels=labels,
         client_version=client_version(),
     )
-    return Session(
+    session: Callable[..., Session] = Session if ranks is None else session_of(ranks)
+    return session(
         link,
         model,
         optimizer,

@@ -248,8 +248,14 @@ class Session:
         self._govern(loss)
         if self._superseded:
             return
-        self._receive()
+        if self._may_change:
+            self._receive()
         self._arm_if_due()
+
+    @property
+    def _may_change(self) -> bool:
+        """Whether the host may be changed at this step."""
+        return True
 
     def _receive(self) -> None:
         for event in self._link.received():
@@ -265,6 +271,9 @@ class Session:
         at_report = self.steps % self._report_every == 0
         if self._governor is not None:
             self._governor.note(self.steps, loss)
+        if not self._may_change:
+            return
+        if self._governor is not None:
             self._tell(self._governor.check(self.steps, at_report=at_report))
             for about, words in self._governor.remarks.items():
                 self._remark(about, words)
