@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -28,6 +29,8 @@ from esperml.kasmina.grafting import Grafter
 from esperml.kasmina.loss_watch import STALL, LossWatch, Verdict
 from esperml.kasmina.snapshots import Snapshots, not_finite
 from esperml.kasmina.training_state import TrainingState
+
+_log = structlog.get_logger(__name__)
 
 FRESH: Final = 50
 """Steps for which a snapshot will do for further changes."""
@@ -142,20 +145,14 @@ class Governor:
         self._rate: float | None = None
         self._condemned: set[str] = set()  # Seeds that were culled here; an older snapshot may still hold them.
 
-    @property
-    def snapshot_bytes(self) -> int:
-        """Bytes that the snapshots hold now."""
-        return self._snapshots.bytes
-
     def note(self, step: int, loss: Tensor | float | None) -> None:
         """Take in the loss of ``step``. Never waits for a device: its losses are read at the next report."""
         if isinstance(loss, Tensor):
-            loss = loss.detach()
-            if loss.device.type != "cpu":
+            if not loss.is_cpu:
                 # A tensor of its own: the user's may be written anew at each step.
-                self._pending.append((step, loss.float().mean()))
+                self._pending.append((step, loss.detach().float().mean()))
                 return
-            loss = loss.item() if loss.numel() == 1 else loss.float().mean().item()
+            loss = loss.item() if loss.numel() == 1 else loss.detach().float().mean().item()
         if loss is not None:
             self._watch.take(step, float(loss))
 
@@ -166,10 +163,10 @@ class Governor:
             step: optimizer steps so far.
             at_report: whether a report is due: then what is still on a device is read, and snapshots are taken.
         """
-        exposed = self._exposed(step)
-        if not at_report and (self._pending or not exposed or not self._watch.alarmed):
+        if not at_report and (self._pending or not self._watch.alarmed or not self._exposed(step)):
             return None
         self._read()
+        exposed = self._exposed(step)
         verdict = self._watch.verdict()
         if verdict is not None and self._is_excused(verdict):
             verdict = None
@@ -277,6 +274,7 @@ class Governor:
             sick = not_finite(state)
             if not sick:
                 self._snapshots.add(step, {**state, "governor": self.state_dict()})
+                _log.debug("snapshot_taken", step=step, snapshots=len(self._snapshots), bytes=self._snapshots.bytes)
         except (CheckpointError, OSError) as error:
             raise RefusedError(f"no state to go back to can be kept: {error}") from error
         self._rate = learning_rate(self._optimizer)
