@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import threading
 
 import grpc
 import pytest
@@ -305,11 +306,22 @@ async def test_letters_that_cannot_be_stored_now_are_stored_with_the_next(bus, o
 
 @contextlib.contextmanager
 def stored_by_nobody(bus):
-    """Have nobody store anything in the bus's log meanwhile."""
+    """Have nobody store anything in the bus's log meanwhile. Gives an event that is set when the bus would."""
+    begun = threading.Event()
+    commit = bus.log._commit
+
+    def begin(*arguments):
+        begun.set()
+        return commit(*arguments)
+
     with contextlib.closing(sqlite3.connect(bus.path, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("ROLLBACK")
+        bus.log._commit = begin
+        try:
+            yield begun
+        finally:
+            bus.log._commit = commit
+            connection.execute("ROLLBACK")
 
 
 async def cancelled_while_it_is_stored(bus, call) -> None:
@@ -319,10 +331,9 @@ async def cancelled_while_it_is_stored(bus, call) -> None:
         return sum("_handle_rpc" in repr(task) for task in asyncio.all_tasks())
 
     before = handlers()
-    group = bus.broker._groups[EVENTS, "g"]
-    with stored_by_nobody(bus):
+    with stored_by_nobody(bus) as begun:
         pending = call()
-        while not group.letters.unsaved:  # noqa: ASYNC110
+        while not begun.is_set():  # noqa: ASYNC110
             await asyncio.sleep(0)
         pending.cancel()
         while handlers() > before:  # noqa: ASYNC110
@@ -354,3 +365,93 @@ async def test_a_purge_whose_caller_is_gone_is_known_as_it_is_stored(bus, open_s
         await letters(calls, 0)
         assert (await stub.PurgeDeadLetters(every)).count == 0
         assert bus.broker.groups(EVENTS)[0].dead_letters == 0
+
+
+REFUSE_PROGRESS = "CREATE TRIGGER refuse BEFORE UPDATE ON groups {} BEGIN SELECT RAISE(ABORT, 'full'); END"
+
+
+@pytest.fixture(params=["replay", "purge"])
+def change_all(request):
+    """Changes all dead letters over a stub, in each way in turn."""
+
+    def change(stub: oona_pb2_grpc.OonaStub):
+        if request.param == "replay":
+            return stub.ReplayDeadLetters(oona_pb2.ReplayDeadLettersRequest(kind=EVENTS, group="g"))
+        return stub.PurgeDeadLetters(oona_pb2.PurgeDeadLettersRequest(kind=EVENTS, group="g"))
+
+    return change
+
+
+async def test_a_change_that_is_refused_does_not_lose_a_letter_that_is_not_stored_yet(
+    bus, open_stream, store, calls, change_all
+):
+    async with open_stream(bus.target) as stream:
+        await store("ab")
+        await joined(stream, max_attempts=1)
+        await stream.records(2)
+        bus.execute(REFUSE_PROGRESS.format(""))
+        await stream.answer(ack=ack(nacked=[0]))
+        while not bus.broker.groups(EVENTS)[0].dead_letters:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await change_all(await calls())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        bus.execute("DROP TRIGGER refuse")
+        assert (await stream.answer(ack=ack(acked=[(1, 1)]))).acked.committed_offset == 2
+        assert [(one.record.offset, one.replaying) for one in await letters(calls, 1)] == [(0, False)]
+
+
+async def test_a_change_that_is_refused_is_not_stored_by_what_is_acknowledged_meanwhile(
+    bus, open_stream, store, calls, change_all
+):
+    async with open_stream(bus.target) as stream:
+        await store("ab")
+        await joined(stream, max_attempts=1)
+        await stream.records(2)
+        await stream.answer(ack=ack(nacked=[0]))
+        await letters(calls, 1)
+        group = bus.broker._groups[EVENTS, "g"]
+        stub = await calls()
+        # What is stored first is refused, what is stored after that is not.
+        bus.execute(REFUSE_PROGRESS.format("WHEN NEW.committed = 1"))
+        with stored_by_nobody(bus) as begun:
+            pending = change_all(stub)
+            while not begun.is_set():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            acknowledged = asyncio.ensure_future(stream.answer(ack=ack(acked=[(1, 1)])))
+            while group.state.committed < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pending
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await acknowledged).acked.committed_offset == 2
+        assert [(one.record.offset, one.replaying) for one in await letters(calls, 1)] == [(0, False)]
+        assert bus.broker.groups(EVENTS)[0].dead_letters == 1
+
+
+async def test_a_letter_that_fails_again_while_it_is_purged_stays_in_the_list_and_can_be_purged(
+    bus, open_stream, store, calls
+):
+    async with open_stream(bus.target) as stream:
+        await store("ab")
+        await joined(stream, max_attempts=1)
+        await stream.records(2)
+        await stream.answer(ack=ack(nacked=[0]))
+        await letters(calls, 1)
+        stub = await calls()
+        await stub.ReplayDeadLetters(oona_pb2.ReplayDeadLettersRequest(kind=EVENTS, group="g"))
+        await record_at(stream, 0)
+        every = oona_pb2.PurgeDeadLettersRequest(kind=EVENTS, group="g")
+        group = bus.broker._groups[EVENTS, "g"]
+        with stored_by_nobody(bus) as begun:
+            pending = stub.PurgeDeadLetters(every)
+            while not begun.is_set():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await stream.send(ack=ack(nacked=[0]))
+            while not group.letters.unsaved:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert (await pending).count == 1
+        assert [one.replaying for one in await letters(calls, 1)] == [False]
+        assert bus.broker.groups(EVENTS)[0].dead_letters == 1
+        assert (await stub.PurgeDeadLetters(every)).count == 1
+        await letters(calls, 0)

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from esperml.oona.log import NO_LETTERS
 from esperml.oona.replays import Replays
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class Letters:
         kind: the log.
         group: the group's name.
         log: where they are kept.
-        save: stores the group's progress together with :attr:`unsaved`.
+        save: stores the group's progress together with :attr:`unsaved` and with what it is given, which no other save
+            stores.
         wake: lets the members look for what they are to be delivered.
 
     Attributes:
@@ -39,7 +41,7 @@ class Letters:
         kind: int,
         group: str,
         log: Log,
-        save: Callable[[], asyncio.Future[None]],
+        save: Callable[[Mapping[int, DeadLetter | None]], asyncio.Future[None]],
         wake: Callable[[], None],
     ) -> None:
         self.replays = Replays()
@@ -51,6 +53,8 @@ class Letters:
         self._wake = wake
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[int]] = set()
+        # Those of which a change is being stored, and none was put meanwhile.
+        self._storing: set[int] = set()
         self._offsets: dict[int, None] = {}
         for offset, replaying in log.letters().get((kind, group), {}).items():
             self._offsets[offset] = None
@@ -64,6 +68,7 @@ class Letters:
         """Have a record that was given up stored with the group's progress. It is not being replayed."""
         self._offsets[letter.offset] = None
         self.replays.remove(letter.offset)
+        self._storing.discard(letter.offset)
         self.unsaved[letter.offset] = letter
 
     def acknowledged(self, offset: int) -> None:
@@ -161,10 +166,8 @@ class Letters:
                 }
                 if not changed:
                     continue
-                await self._store(changed)
-                for offset in changed:
-                    if offset in self._offsets:
-                        self.replays.add(offset)
+                for offset in await self._store(changed):
+                    self.replays.add(offset)
                 self._wake()
                 count += len(changed)
         return count
@@ -173,8 +176,7 @@ class Letters:
         count = 0
         async with self._changing:
             for chosen in self._chosen(offsets):
-                await self._store(dict.fromkeys(chosen))
-                for offset in chosen:
+                for offset in await self._store(dict.fromkeys(chosen)):
                     self._offsets.pop(offset, None)
                     self.replays.remove(offset)
                 count += len(chosen)
@@ -186,13 +188,11 @@ class Letters:
         for start in range(0, len(chosen), _PAGE):
             yield chosen[start : start + _PAGE]
 
-    async def _store(self, changed: Mapping[int, DeadLetter | None]) -> None:
-        self.unsaved.update(changed)
-        try:
-            await self._save()
-        except BaseException:
-            # It was refused: nobody must find it done with the next progress that is stored.
-            for offset, letter in changed.items():
-                if self.unsaved.get(offset, self) is letter:
-                    del self.unsaved[offset]
-            raise
+    async def _store(self, changed: Mapping[int, DeadLetter | None]) -> list[int]:
+        """Store changes, or, where that is refused, none of them. Returns at which offsets no other came later."""
+        # What is unsaved there goes first: another save could store it over the change.
+        while not self.unsaved.keys().isdisjoint(changed):
+            await self._save(NO_LETTERS)
+        self._storing = set(changed)
+        await self._save(changed)
+        return sorted(self._storing)

@@ -11,14 +11,14 @@ import structlog
 from esperml.contract import kind_name
 from esperml.oona.groups import Group, Member
 from esperml.oona.letters import Letters
-from esperml.oona.log import DeadLetter
+from esperml.oona.log import NO_LETTERS, DeadLetter
 from esperml.oona.saver import Saver
 from esperml.oona.subscriptions import Subscription
 from esperml.oona.wire import EncodedRecords
 from esperml.v1 import oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from esperml.oona.deliveries import DeliveryBuilder
     from esperml.oona.frames import Frame
@@ -68,14 +68,17 @@ class SharedGroup:
         self._server_ends = False
         self._says_held_up_from_s = 0.0
 
-    def save(self) -> asyncio.Future[None]:
-        """Store the progress, and what became of dead letters; long progress not as often as it changes."""
-        # Who lists dead letters reads them from the log.
-        return self._store() if self.letters.unsaved else self._saver.save()
+    def save(self, changed: Mapping[int, DeadLetter | None] = NO_LETTERS) -> asyncio.Future[None]:
+        """Store the progress, and what became of dead letters; long progress not as often as it changes.
 
-    def _store(self) -> asyncio.Future[None]:
+        ``changed`` is stored now or never: no later save has it.
+        """
+        # Who lists dead letters reads them from the log.
+        return self._store(changed) if changed or self.letters.unsaved else self._saver.save()
+
+    def _store(self, changed: Mapping[int, DeadLetter | None] = NO_LETTERS) -> asyncio.Future[None]:
         unsaved = dict(self.letters.unsaved)
-        stored = self._log.save_group(self._topic.kind, self.name, self.state.progress, unsaved)
+        stored = self._log.save_group(self._topic.kind, self.name, self.state.progress, {**unsaved, **changed})
 
         def forget(future: asyncio.Future[None]) -> None:
             # What is not stored is stored with the next progress.
