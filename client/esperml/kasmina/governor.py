@@ -176,10 +176,10 @@ class Governor:
         if verdict is not None and may_act:
             return self._intervene(step, verdict)
         if verdict is not None:
+            why = "the run is only observed" if exposed else "no seed lives and no change is young"
             self.remarks.setdefault(
                 f"the loss is {verdict.ailment}",
-                f"{verdict.words}, since step {verdict.since}: nothing that was done here can be the cause, and it was "
-                "left alone",
+                f"{verdict.words}, since step {verdict.since}: {why}, so that nothing was undone",
             )
         if not exposed:
             self._snapshots.clear()
@@ -281,21 +281,16 @@ class Governor:
         return sick
 
     def _intervene(self, step: int, verdict: Verdict) -> Intervention | None:
-        try:
-            found = self._snapshots.take_back(verdict.since)
-        except OSError as error:
-            self.remarks[f"snapshot of step {step}"] = f"a snapshot cannot be read: {error}"
-            found = None
-        if found is None:
+        restored = self._restore(verdict.since)
+        if restored is None:
             return self._cull_all(step, verdict)
-        taken, state = found
+        taken, known, restructured = restored
         undone = tuple(
             change
             for change in reversed(self._changes)
             if change.step >= taken and change.decision_id and change.seed_id not in self._condemned
         )
-        restructured = self._training.restore(state, torch_only=not self._options.all_generators)
-        self._resume(state["governor"])
+        self._resume(known)
         for seed_id in self._condemned & self._grafter.host.seeds.keys():
             self._cull(step, seed_id)
             restructured = True
@@ -307,6 +302,23 @@ class Governor:
             words += f", and culled {culled[0].seed_id}, the youngest seed"
         self.rolled_back_at = step
         return Intervention(words, undone + culled, restructured or bool(culled))
+
+    def _restore(self, since: int) -> tuple[int, Mapping[str, Any], bool] | None:
+        """Put back the newest snapshot from before ``since`` that can be read and still fits.
+
+        Returns:
+            Its step, what the governor knew then, and whether the structure changed; ``None`` where there is none.
+        """
+        while self._snapshots.newest is not None:
+            try:
+                found = self._snapshots.take_back(since)
+                if found is not None:
+                    taken, state = found
+                    changed = self._training.restore(state, torch_only=not self._options.all_generators)
+                    return taken, state["governor"], changed
+            except (OSError, CheckpointError) as error:
+                self.remarks["a snapshot"] = f"a snapshot cannot be put back: {error}"
+        return None
 
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a snapshot of this very run; older ones stay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import uuid
 from collections import deque
 from collections.abc import Mapping
@@ -36,7 +37,10 @@ class Snapshot:
         if self.held is not None:
             return self.held
         assert self.path is not None  # noqa: S101 - it is in one of the two
-        return cast("Mapping[str, Any]", torch.load(self.path, map_location="cpu", weights_only=True))
+        try:
+            return cast("Mapping[str, Any]", torch.load(self.path, map_location="cpu", weights_only=True))
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise OSError(f"{self.path} is damaged: {error}") from error
 
 
 class Snapshots:
