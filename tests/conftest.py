@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def _log_as_configured_by_the_test_alone() -> Iterator[None]:
     """Commands that tests run in this process configure its log; the next test shall not find it so."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_with_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a session cannot send is kept in a folder of the test's own, which is made when it is needed."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / f"state-{uuid.uuid4().hex}"))
+    monkeypatch.delenv("ESPER_SPOOL", raising=False)
 
 
 class Bus:

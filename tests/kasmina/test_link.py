@@ -140,7 +140,7 @@ async def test_memory_is_bounded_and_the_oldest_reports_go_first(unused_port, mo
         link.publish(event_pb2.KIND_EVENTS, new_event("r", run_ended=run_pb2.RunEnded(step=step)))
     statistics = link.statistics()
     assert (statistics.reports_dropped, statistics.others_dropped) == (7, 8)
-    assert [event.health_report.step for _, _, event in link._reports] == [7, 8, 9]
+    assert [entry.event.health_report.step for entry in link._outbox._reports] == [7, 8, 9]
     await asyncio.to_thread(link.close, 0.05)
     assert not link._thread.is_alive()
 

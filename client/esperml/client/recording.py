@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Final, Self
 import zstandard
 from google.protobuf.message import DecodeError
 from mcap.exceptions import EndOfFile, InvalidMagic, RecordLengthLimitExceeded, UnsupportedCompressionError
-from mcap.records import Channel, Message, Schema
+from mcap.records import Channel, Message, Metadata, Schema
 from mcap.stream_reader import CRCValidationError, StreamReader
 from mcap.well_known import MessageEncoding, SchemaEncoding
 from mcap.writer import CompressionType, Writer
@@ -29,7 +29,7 @@ from esperml.contract import KINDS, kind_name, parse_kind
 from esperml.v1 import event_pb2, oona_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Container, Generator, Iterable, Mapping
     from types import TracebackType
 
     from esperml.client.oona import OonaClient
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     _Write = Callable[[event_pb2.Kind.ValueType, event_pb2.Record], None]
 
 TOPIC_PREFIX: Final = "/esperml/"
+# Name of the metadata record that holds what a file says of itself.
+_LABELS: Final = "esperml"
 # Small chunks: what a crash or a cut costs is one of them, and it cannot be unpacked in part.
 _CHUNK_BYTES: Final = 64 * 2**10
 # How often a live recording is written out, in s.
@@ -96,16 +98,19 @@ class Recorder:
 
     Args:
         path: the file to write. Its folder must exist.
+        labels: what the file says of itself; :func:`read_labels` gives it back.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, labels: Mapping[str, str] | None = None) -> None:
         self.path = Path(path)
         self._file: IO[bytes] = self.path.open("wb")
         self._writer = Writer(self._file, chunk_size=_CHUNK_BYTES, compression=CompressionType.ZSTD)
         self._writer.start(profile="", library="esperml")
+        if labels:
+            self._writer.add_metadata(_LABELS, dict(labels))
         self._schema_id = self._writer.register_schema(
             name=event_pb2.Event.DESCRIPTOR.full_name,
             encoding=SchemaEncoding.Protobuf,
@@ -154,7 +159,7 @@ class Recorder:
                 self._file.close()
 
 
-def read(path: Path | str, *, kinds: Container[event_pb2.Kind.ValueType] = KINDS) -> Iterator[Recorded]:
+def read(path: Path | str, *, kinds: Container[event_pb2.Kind.ValueType] = KINDS) -> Generator[Recorded, None, None]:
     """Events of a recording in the order in which they were written.
 
     Args:
@@ -193,6 +198,29 @@ def read(path: Path | str, *, kinds: Container[event_pb2.Kind.ValueType] = KINDS
             raise NotARecordingError(path, f"event {whole - 1} cannot be decoded") from error
         except _CUT_OFF as error:
             raise TruncatedRecordingError(path, whole) from error
+
+
+def read_labels(path: Path | str) -> dict[str, str]:
+    """What a recording says of itself, ahead of its first event; empty where it says nothing.
+
+    Raises:
+        NotARecordingError: the file is no recording.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        try:
+            for record in StreamReader(file, validate_crcs=True).records:
+                match record:
+                    case Metadata() if record.name == _LABELS:
+                        return record.metadata
+                    case Message():
+                        break
+        except InvalidMagic as error:
+            raise NotARecordingError(path, "is not an MCAP file") from error
+        except _CUT_OFF:
+            pass  # It says nothing as far as it is whole.
+    return {}
 
 
 def describe(path: Path | str) -> RecordingInfo:

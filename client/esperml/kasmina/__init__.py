@@ -16,6 +16,7 @@ from esperml.kasmina.blueprints import Blueprint, register, registered, unregist
 from esperml.kasmina.connecting import connect
 from esperml.kasmina.errors import CheckpointError, KasminaError, RefusedError, UnsupportedHostError
 from esperml.kasmina.evaluation import Evaluator
+from esperml.kasmina.file_link import FileLink
 from esperml.kasmina.geometry import Geometry
 from esperml.kasmina.governor import GovernorOptions
 from esperml.kasmina.grafting import Grafter
@@ -26,6 +27,7 @@ from esperml.kasmina.link import Link, LinkStatistics, LocalLink
 from esperml.kasmina.proposals import Proposal
 from esperml.kasmina.seeds import Seed
 from esperml.kasmina.session import Session
+from esperml.kasmina.spool import SpoolOptions
 from esperml.kasmina.summary import Summary
 from esperml.kasmina.tables import LayerTable, ParameterCount
 
@@ -33,6 +35,7 @@ __all__ = [
     "Blueprint",
     "CheckpointError",
     "Evaluator",
+    "FileLink",
     "Geometry",
     "GovernorOptions",
     "Grafter",
@@ -50,6 +53,7 @@ __all__ = [
     "RefusedError",
     "Seed",
     "Session",
+    "SpoolOptions",
     "Summary",
     "UnsupportedHostError",
     "connect",

@@ -1,4 +1,4 @@
-"""The link to a server: one background thread, so that the training thread never waits for the network."""
+"""The link to a server: one background thread, so that the training thread never waits for network or disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import structlog
@@ -28,26 +29,21 @@ from esperml.client.errors import (
 )
 from esperml.client.oona import OonaClient
 from esperml.contract import kind_name
+from esperml.kasmina.backlog import Backlog, Batch
+from esperml.kasmina.leftovers import send_leftovers
 from esperml.kasmina.link import LinkStatistics
+from esperml.kasmina.outbox import MAX_OTHERS, MAX_REPORTS, Outbox
+from esperml.kasmina.spool import SpoolOptions
 from esperml.v1 import event_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from esperml.kasmina.link import Kind
-
-    # Where it stands among all that was published, what it is, and itself.
-    _Entry: TypeAlias = "tuple[int, Kind, event_pb2.Event]"
 
 _log = structlog.get_logger(__name__)
 
-MAX_REPORTS: Final = 256
-"""Reports that wait to be sent; the oldest goes when another comes."""
+SPOOLED: Final = SpoolOptions()
+"""Where what cannot be sent is kept unless the user says otherwise."""
 
-MAX_OTHERS: Final = 4096
-"""Events and outcomes that wait to be sent; likewise."""
-
-_FRAME_EVENTS: Final = 64
 _FRAME_INTERVAL_S: Final = 0.1
 _UNREACHED_TIMEOUT_S: Final = 1.0
 _SETTLE_S: Final = 0.02
@@ -56,13 +52,16 @@ _BREAK_OFF_TIMEOUT_S: Final = 5.0
 _REFUSED_RETRY_S: Final = 10.0
 # Time before commands are asked for anew, where what was to be read next is not there, in s.
 _RESTART_S: Final = 1.0
+# Time for which what must not be lost waits in memory before it is written to disk, in s.
+_KEEP_AFTER_S: Final = 1.0
 
 
 class GrpcLink:
     """A link to the server at ``target``; see :class:`~esperml.kasmina.link.Link`.
 
     Making one neither waits nor fails: a server that is not there yet, or goes away, is waited for in the background
-    while what is to be sent queues up to a bound. The run's commands are subscribed to before anything is sent, so
+    while what is to be sent queues up to a bound; what is no report is written to disk after 1 s, whence this session
+    sends it once it can, or a later one. The run's commands are subscribed to before anything is sent, so
     that none is missed. A server that refuses the token, or what the token is used for, is told of once in the log
     and asked again every 10 s: tokens are renewed, and rights are changed, while runs go on.
 
@@ -70,23 +69,28 @@ class GrpcLink:
         target: address of the server, for example ``localhost:50051``.
         run_id: the run whose commands to read.
         credentials: token and TLS, where the server asks for them.
+        spool: where what cannot be sent is kept; ``None``: nowhere.
     """
 
-    def __init__(self, target: str, run_id: str, *, credentials: Credentials = NO_CREDENTIALS) -> None:
+    def __init__(
+        self,
+        target: str,
+        run_id: str,
+        *,
+        credentials: Credentials = NO_CREDENTIALS,
+        spool: SpoolOptions | None = SPOOLED,
+    ) -> None:
         self._target = target
         self._run_id = run_id
         self._credentials = credentials
         self._told: set[str] = set()
-        self._lock = threading.Lock()
-        self._reports: deque[_Entry] = deque()
-        self._others: deque[_Entry] = deque()
-        self._published = 0
-        self._reports_dropped = 0
-        self._others_dropped = 0
+        self._spool = spool
+        self._client_id = f"session-{uuid.uuid4().hex}"
+        self._outbox = Outbox(MAX_REPORTS, MAX_OTHERS)
+        self._backlog = Backlog(self._outbox, spool, target=target, run_id=run_id, client_id=self._client_id)
         self._received: deque[event_pb2.Event] = deque()
         self._sender_seconds = 0.0
         self._oona: OonaClient | None = None
-        self._in_flight = 0
         self._idle = False  # The sender waits for something to send, and wants to be told.
         self._closing = False
         self._cancelled = False
@@ -99,20 +103,8 @@ class GrpcLink:
 
     def publish(self, kind: Kind, event: event_pb2.Event) -> None:
         """Queue an event; where the queue is full, the oldest of its sort is dropped and counted."""
-        with self._lock:
-            self._published += 1
-            entry = (self._published, kind, event)
-            if kind == event_pb2.KIND_TELEMETRY:
-                if len(self._reports) >= MAX_REPORTS:
-                    self._reports.popleft()
-                    self._reports_dropped += 1
-                self._reports.append(entry)
-            else:
-                if len(self._others) >= MAX_OTHERS:
-                    self._others.popleft()
-                    self._others_dropped += 1
-                self._others.append(entry)
-            idle, self._idle = self._idle, False
+        self._outbox.put(kind, event)
+        idle, self._idle = self._idle, False
         if idle:
             self._notify()
 
@@ -127,10 +119,15 @@ class GrpcLink:
         """What the link did so far."""
         oona = self._oona
         connected = self._all_sent if self._all_sent is not None else oona is not None and oona.is_connected
-        return LinkStatistics(self._reports_dropped, self._others_dropped, self._sender_seconds, connected)
+        outbox = self._outbox
+        return LinkStatistics(
+            outbox.reports_dropped, outbox.others_dropped, self._sender_seconds, connected, self._backlog.spooled
+        )
 
     def close(self, timeout_s: float) -> None:
         """Send what is left, for at most ``timeout_s`` seconds, 1 s where there is no server, and end the thread.
+
+        What is no report, and could not be sent, is on the disk then.
 
         A thread that cannot be ended, because something beneath it hangs, is left behind after 5 s more: the training
         loop goes on, and the process ends without it.
@@ -143,7 +140,7 @@ class GrpcLink:
             self._thread.join(_BREAK_OFF_TIMEOUT_S)
             if self._thread.is_alive():
                 _log.warning("link_left_behind", target=self._target, run_id=self._run_id)
-        left = len(self._reports) + len(self._others) + self._in_flight
+        left = self._backlog.unsent
         self._all_sent = left == 0
         if left:
             _log.warning("events_not_sent", target=self._target, run_id=self._run_id, events=left)
@@ -171,27 +168,38 @@ class GrpcLink:
                 runner.run(self._work())
             except asyncio.CancelledError:
                 _log.debug("link_cancelled", target=self._target, run_id=self._run_id)
-            except OonaError as error:
-                _log.warning("link_ended", target=self._target, run_id=self._run_id, error=str(error))
             finally:
                 self._oona = None
+        self._backlog.keep()
+        self._backlog.close()
         self._sender_seconds = time.thread_time()
 
     async def _work(self) -> None:
         self._main = asyncio.current_task()
         if self._cancelled:  # Before there was anything to cancel.
             return
-        client_id = f"session-{uuid.uuid4().hex}"
-        while await self._is_refused(client_id) and not await self._closes_within(_REFUSED_RETRY_S):
-            pass
+        keeper = asyncio.create_task(self._keep_regularly())
+        try:
+            while await self._is_refused() and not await self._closes_within(_REFUSED_RETRY_S):
+                pass
+        except OonaError as error:
+            _log.warning("link_ended", target=self._target, run_id=self._run_id, error=str(error))
+            await self._closes_within(None)
+        finally:
+            keeper.cancel()
         # gRPC hands late events of a closed stream to its loop through any other loop of the process, which complains
         # aloud where that loop is gone.
         await asyncio.sleep(_SETTLE_S)
 
-    async def _is_refused(self, client_id: str) -> bool:
+    async def _keep_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(_KEEP_AFTER_S)
+            self._backlog.keep(older_than_s=_KEEP_AFTER_S)
+
+    async def _is_refused(self) -> bool:
         """Serve until told to close. True where the server did not take the token, which may change."""
         try:
-            await self._serve(client_id)
+            await self._serve()
         except CredentialsError as error:
             self._tell_once("credentials_unusable", str(error))
         except StreamEndedError as error:
@@ -202,10 +210,10 @@ class GrpcLink:
             return False
         return True
 
-    async def _serve(self, client_id: str) -> None:
+    async def _serve(self) -> None:
         """Send and read until told to close. Raises :class:`OonaError` where the server will have none of it."""
         asked = asyncio.Event()
-        async with OonaClient(self._target, client_id=client_id, credentials=self._credentials) as oona:
+        async with OonaClient(self._target, client_id=self._client_id, credentials=self._credentials) as oona:
             self._oona = oona
             try:
                 await _first_of(self._send(oona, asked), self._read(oona, asked))
@@ -231,27 +239,43 @@ class GrpcLink:
 
     async def _send(self, oona: OonaClient, asked: asyncio.Event) -> None:
         await asked.wait()
-        while True:
-            kind, entries = self._take()
-            if entries:
-                self._in_flight = len(entries)
-                try:
-                    await oona.publish(kind, [event for _, _, event in entries])
-                except ForbiddenError as error:
-                    self._tell_once(f"{kind_name(kind)}_forbidden", error.message)
-                    self._drop(kind, len(entries))
-                except (RejectedError, FrameTooLargeError) as error:
-                    _log.warning("events_refused", kind=kind_name(kind), events=len(entries), error=str(error))
-                except (OonaError, asyncio.CancelledError):
-                    self._put_back(kind, entries)
-                    raise
-                finally:
-                    self._in_flight = 0
-            elif self._closing:
-                return
-            else:
-                await self._rest()
-            self._sender_seconds = time.thread_time()
+        if self._spool is not None:
+            # First of all: what an earlier session of this run says must not come after what this one says.
+            await send_leftovers(self._spool, self._target, self._credentials)
+        self._backlog.resume(oona.next_sequence)
+        publishers = {self._client_id: oona}
+        async with AsyncExitStack() as stack:
+            while True:
+                if batch := self._backlog.take(oona.next_sequence):
+                    if (publisher := publishers.get(batch.client_id)) is None:
+                        publisher = await stack.enter_async_context(
+                            OonaClient(self._target, client_id=batch.client_id, credentials=self._credentials)
+                        )
+                        publishers[batch.client_id] = publisher
+                    await self._publish(publisher, batch)
+                    if len(publishers) > 1 and not self._backlog.spooled:
+                        await stack.aclose()
+                        publishers = {self._client_id: oona}
+                elif self._closing:
+                    return
+                else:
+                    await self._rest()
+                self._sender_seconds = time.thread_time()
+
+    async def _publish(self, publisher: OonaClient, batch: Batch) -> None:
+        stored = False
+        try:
+            await publisher.publish(batch.kind, [entry.event for entry in batch.entries])
+            stored = True
+        except ForbiddenError as error:
+            self._tell_once(f"{kind_name(batch.kind)}_forbidden", error.message)
+            self._outbox.drop(batch.kind, len(batch.entries))
+        except (RejectedError, FrameTooLargeError) as error:
+            _log.warning("events_refused", kind=kind_name(batch.kind), events=len(batch.entries), error=str(error))
+        except (OonaError, asyncio.CancelledError):
+            self._backlog.put_back()
+            raise
+        self._backlog.done(stored=stored)
 
     async def _rest(self) -> None:
         """Wait for something to send, and not less than the least time between frames; the end cuts it short.
@@ -263,13 +287,15 @@ class GrpcLink:
         await self._wake.wait()
         pause.cancel()
         self._wake.clear()
-        with self._lock:
-            self._idle = not (self._reports or self._others or self._closing)
-        if self._idle:
+        # Said before it is looked at, so that what is published meanwhile is not missed.
+        self._idle = True
+        if self._outbox or self._closing:
+            self._idle = False
+        else:
             await self._wake.wait()
             self._wake.clear()
 
-    async def _closes_within(self, seconds: float) -> bool:
+    async def _closes_within(self, seconds: float | None) -> bool:
         """Wait, and no longer than until the link is closed. Whether it is."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -283,30 +309,6 @@ class GrpcLink:
         if event not in self._told:
             self._told.add(event)
             _log.warning(event, target=self._target, run_id=self._run_id, detail=detail)
-
-    def _drop(self, kind: Kind, events: int) -> None:
-        if kind == event_pb2.KIND_TELEMETRY:
-            self._reports_dropped += events
-        else:
-            self._others_dropped += events
-
-    def _put_back(self, kind: Kind, entries: Sequence[_Entry]) -> None:
-        with self._lock:
-            queue = self._reports if kind == event_pb2.KIND_TELEMETRY else self._others
-            queue.extendleft(reversed(entries))
-
-    def _take(self) -> tuple[Kind, list[_Entry]]:
-        """The oldest events of one kind, as many as follow each other and go into a frame."""
-        with self._lock:
-            queues = [queue for queue in (self._reports, self._others) if queue]
-            if not queues:
-                return event_pb2.KIND_UNSPECIFIED, []
-            queue = min(queues, key=lambda entries: entries[0][0])
-            kind = queue[0][1]
-            entries: list[_Entry] = []
-            while queue and queue[0][1] == kind and len(entries) < _FRAME_EVENTS:
-                entries.append(queue.popleft())
-            return kind, entries
 
 
 async def _first_of(*works: Coroutine[Any, Any, None]) -> None:

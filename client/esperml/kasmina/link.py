@@ -21,6 +21,7 @@ class LinkStatistics:
     Attributes:
         reports_dropped: reports that were dropped, oldest first, because they could not be sent.
         others_dropped: events of other kinds that were dropped for the same reason.
+        spooled: events on the disk that are to be sent yet.
         sender_seconds: processor time that the link spent on threads of its own, in s.
         connected: whether the other side can be reached now; of a closed link, whether it sent everything.
     """
@@ -29,6 +30,7 @@ class LinkStatistics:
     others_dropped: int = 0
     sender_seconds: float = 0.0
     connected: bool = True
+    spooled: int = 0
 
 
 @runtime_checkable
