@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from time import perf_counter
+from time import process_time
 
 from esperml.oona.backlog import Backlog
 from esperml.oona.groups import Group, Member, Redelivery
@@ -78,11 +78,11 @@ def seconds_to_recover(runs: int, waiting_of_each: int) -> float:
     for offset in range(runs):
         group.peek(member)
         group.lease(member, offset, 0.0)
-    began_s = perf_counter()
+    began_s = process_time()
     assert group.due(member, 1.0)
     for offset in range(runs):
         group.ack(member, offset, offset)
-    took_s = perf_counter() - began_s
+    took_s = process_time() - began_s
     assert group.committed == runs
     return took_s
 

@@ -74,7 +74,8 @@ async def test_what_no_bus_wrote_of_a_group_is_told_of_and_the_group_goes_on(log
     await stranger.jetstream().publish(f"{stranger.prefix}._group.{subject}", body)
     with contextlib.suppress(LogDamagedError):
         await log.groups_store.catch_up()
-        pytest.fail("nobody was told")
+        # The look that every gateway takes once in a while was faster.
+        assert "a bus" in log.problem
     await log.save_group(EVENTS, "g", GroupProgress(2, RangeSet()))
     assert log.groups()[EVENTS, "g"].committed == 2
 
