@@ -223,3 +223,18 @@ async def test_a_purge_while_the_logs_are_searched_ends_nothing(tools, tmp_path,
         await run.report(100)
         assert [event.decision.step for event in await first(client, DECISIONS, "run")] == [100]
     assert failures == []
+
+
+async def test_runs_that_start_while_they_are_about_to_be_searched_for_do_not_have_all_that_was_ever_kept_read(
+    tools, client
+):
+    for run_id in ("early", "late"):
+        await Speaker(tools, client, run_id).start()
+    wanted = {"early": {TELEMETRY: 0}}
+    records = rebuilding._records(client, EVENTS, wanted)
+    found = asyncio.create_task(anext(records))
+    await asyncio.sleep(0)  # It asks how long the log is.
+    wanted.clear()
+    assert (await found).event.run_id == "early"
+    assert [record.event.run_id async for record in records] == []
+    assert [record async for record in rebuilding._records(client, EVENTS, wanted)] == []

@@ -173,10 +173,13 @@ class Rebuilding:
 
 async def _records(client: OonaClient, kind: KindValue, run_ids: Collection[str]) -> AsyncIterator[event_pb2.Record]:
     """What the bus has kept of some runs in one log."""
+    named = tuple(run_ids)  # They may become fewer while the bus is asked, and naming none would ask for all.
+    if not named:
+        return
     topic = (await client.describe(kind)).topic
     if topic.next_offset <= topic.earliest_offset:
         return
     start = oona_pb2.StartAt(anchor=oona_pb2.ANCHOR_EARLIEST)
-    async with client.subscribe(kind, run_ids=run_ids, start=start, end_offset=topic.next_offset) as subscription:
+    async with client.subscribe(kind, run_ids=named, start=start, end_offset=topic.next_offset) as subscription:
         async for record in subscription:
             yield record
