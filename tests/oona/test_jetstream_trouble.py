@@ -148,6 +148,7 @@ async def test_a_message_that_a_gateway_cannot_take_is_logged(log, stranger):
 
     with structlog.testing.capture_logs() as logs:
         subscription = await log.link.subscribe(f"{stranger.prefix}.broken", fail)
+        await log.groups_store.catch_up()  # What answers this has been told of the subscription.
         await stranger.publish(f"{stranger.prefix}.broken", b"")
         await stranger.flush()
         await until(lambda: any(entry["event"] == "message_not_taken" for entry in logs))
