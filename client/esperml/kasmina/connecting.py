@@ -15,11 +15,12 @@ from esperml.kasmina.errors import KasminaError
 from esperml.kasmina.evaluation import Evaluator
 from esperml.kasmina.figures import client_version
 from esperml.kasmina.governor import GovernorOptions
-from esperml.kasmina.grpc_link import GrpcLink
+from esperml.kasmina.grpc_link import SPOOLED, GrpcLink
 from esperml.kasmina.host import host_of
 from esperml.kasmina.link import Link, LocalLink
 from esperml.kasmina.ranks import ranks_of
 from esperml.kasmina.session import Session
+from esperml.kasmina.spool import SpoolOptions
 from esperml.kasmina.surgery import why_closed
 from esperml.v1 import decision_pb2, graph_pb2, run_pb2
 
@@ -52,6 +53,7 @@ def connect(
     evaluate_every: int | None = None,
     governor: GovernorOptions | None = GOVERNED,
     credentials: Credentials | None = None,
+    spool: SpoolOptions | None = SPOOLED,
     distributed: bool | ProcessGroup | None = None,
 ) -> Session:
     """Connect a training run to Tamiyo. Never waits, and never fails for a server that is not there.
@@ -63,7 +65,8 @@ def connect(
     it carries it on.
 
     Args:
-        target: address of the server, for example ``localhost:50051``, or a link.
+        target: address of the server, for example ``localhost:50051``, or a link, such as
+            :class:`~esperml.kasmina.FileLink`, which records a run without a server.
         model: a model that :func:`~esperml.kasmina.wrap` has wrapped; also one that ``torch.compile`` has compiled or
             that is under DistributedDataParallel since.
         optimizer: the optimizer that trains it.
@@ -82,6 +85,7 @@ def connect(
         governor: how the run is guarded against changes that do harm; ``None``: not at all.
         credentials: token and TLS, where the server asks for them. Default: what ``ESPER_TOKEN``, ``ESPER_CA`` and the
             like say; see :meth:`~esperml.client.Credentials.from_environment`.
+        spool: where events and outcomes that cannot be sent are kept for a later session; ``None``: nowhere.
         distributed: the processes that train this model together, as a group; ``True`` for all, ``False`` if this one
             trains it alone. Default: all, where ``torch.distributed`` is initialised.
 
@@ -110,7 +114,7 @@ def connect(
         link: Link = LocalLink(lambda _kind, _event: [])
     elif isinstance(target, str):
         credentials = Credentials.from_environment() if credentials is None else credentials
-        link = GrpcLink(target, run, credentials=credentials)
+        link = GrpcLink(target, run, credentials=credentials, spool=spool)
     else:
         link = target
     started = run_pb2.RunStarted(
