@@ -85,10 +85,10 @@ def test_a_run_without_decisions_is_the_same_to_the_bit_whatever_the_server_does
         assert run.losses == plain.losses, name
         for mine, its in zip(run.weights, plain.weights, strict=True):
             assert torch.equal(mine, its), name
-        # A step that waits for a server that hangs would take for ever, and one that waits for a connection more than
-        # this; a machine that is busy otherwise may hold up a step or two of any run.
+        # A step that waits for a server that hangs waits for a second at least, if it ever ends. A machine that is busy
+        # otherwise may hold up a step or two of any run.
         third_slowest = sorted(run.seconds)[-3]
-        assert third_slowest < 20 * max(plain.seconds), (name, third_slowest, max(plain.seconds))
+        assert third_slowest < max(20 * max(plain.seconds), 0.25), (name, third_slowest, max(plain.seconds))
 
 
 def test_a_recorded_run_is_inspected_and_sent_to_a_server_later(start_server, tmp_path):
