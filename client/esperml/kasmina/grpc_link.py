@@ -60,10 +60,10 @@ class GrpcLink:
     """A link to the server at ``target``; see :class:`~esperml.kasmina.link.Link`.
 
     Making one neither waits nor fails: a server that is not there yet, or goes away, is waited for in the background
-    while what is to be sent queues up to a bound; what is no report is written to disk after 1 s, whence this session
-    sends it once it can, or a later one. The run's commands are subscribed to before anything is sent, so
-    that none is missed. A server that refuses the token, or what the token is used for, is told of once in the log
-    and asked again every 10 s: tokens are renewed, and rights are changed, while runs go on.
+    while what is to be sent queues up to a bound. What is no report is written to disk after 1 s, whence this session
+    sends it once it can, or a later one. The run's commands are subscribed to before anything is sent, so that none is
+    missed. A server that refuses the token, or what the token is used for, is told of once in the log and asked again
+    every 10 s: tokens are renewed, and rights are changed, while runs go on.
 
     Args:
         target: address of the server, for example ``localhost:50051``.
@@ -102,7 +102,7 @@ class GrpcLink:
         self._thread.start()
 
     def publish(self, kind: Kind, event: event_pb2.Event) -> None:
-        """Queue an event; where the queue is full, the oldest of its sort is dropped and counted."""
+        """Queue an event. Where the queue in memory is full, the oldest of its sort is dropped and counted."""
         self._outbox.put(kind, event)
         idle, self._idle = self._idle, False
         if idle:
@@ -149,7 +149,7 @@ class GrpcLink:
         self._call_soon(self._wake.set)
 
     def _call_soon(self, callback: Any) -> None:
-        # The thread ends by itself when the server refuses it for good; there is nobody to tell then.
+        # Once the link is closed there is nobody to tell.
         if not self._loop.is_closed():
             try:
                 self._loop.call_soon_threadsafe(callback)
@@ -289,7 +289,7 @@ class GrpcLink:
         self._wake.clear()
         # Said before it is looked at, so that what is published meanwhile is not missed.
         self._idle = True
-        if self._outbox or self._closing:
+        if self._backlog.unsent or self._closing:
             self._idle = False
         else:
             await self._wake.wait()
