@@ -73,7 +73,8 @@ def test_help_answers_fast_because_it_imports_nothing_heavy(arguments: list[str]
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_addresses_are_shown_without_passwords(form: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses = "nats://ann:s3cret@one:4222, bob:s3cret@two,tls://three:4222"
+    # Also where a password makes the address one that nothing can use.
+    addresses = "nats://ann:s3cret@one:4222, bob:s3cret@two,tls://three:4222,nats://cy:s3cret/x@four"
     monkeypatch.setenv("ESPER_OONA__JETSTREAM__SERVERS", addresses)
     said = CliRunner().invoke(main, ["config", "show", *form]).stdout
     assert "s3cret" not in said

@@ -69,4 +69,4 @@ def _without_password(key: str, value: object) -> object:
     """A setting as it may be shown: of addresses, what stands before an @ may be a password."""
     if key not in _ADDRESSES or not isinstance(value, str):
         return value
-    return re.sub(r"(^|,\s*|://)[^\s,/]*@", r"\1…@", value)
+    return re.sub(r"(^|,\s*)([^\s,/@]+://)?[^\s,]*@", r"\1\2…@", value)
