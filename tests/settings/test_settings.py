@@ -102,4 +102,6 @@ def test_a_flag_that_was_not_given_changes_nothing() -> None:
 
 
 def test_variables_that_say_where_to_connect_are_no_settings() -> None:
-    assert load(environment={"ESPER_TARGET": "example:1", "ESPER_TOKEN": "secret"}) == load(environment={})
+    assert load(environment={"ESPER_TARGET": "example:1", "ESPER_TOKEN": "secret", "ESPER_SPOOL": "unsent"}) == load(
+        environment={}
+    )

@@ -25,9 +25,10 @@ NOT_SETTINGS: Final = frozenset(
     {
         CONFIG_VARIABLE,
         *("ESPER_TARGET", "ESPER_TOKEN", "ESPER_TOKEN_FILE", "ESPER_TLS", "ESPER_CA", "ESPER_CERT", "ESPER_KEY"),
+        "ESPER_SPOOL",
     }
 )
-"""Variables that say which file to read, or where and as whom a command connects."""
+"""Variables that say which file to read, where and as whom to connect, or where a session keeps what is unsent."""
 DEFAULT_FILE: Final = Path("esper.toml")
 
 
