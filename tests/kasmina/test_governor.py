@@ -77,7 +77,7 @@ class Host:
         self.scheduler = lr_scheduler.CosineAnnealingLR(self.optimizer, 1000)
         self.teacher = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
         self.bench = bench
-        told = {"run": "r", "mode": "act", "report_every": 10, "governor": governor, **told}
+        told = {"run": "r", "mode": "act", "overhead_ceiling": None, "report_every": 10, "governor": governor, **told}
         self.session = kasmina.connect(bench.link, self.model, self.optimizer, scheduler=self.scheduler, **told)
 
     def train(self, steps: int, *, tell: bool = True) -> list[float]:

@@ -21,7 +21,7 @@ from esperml.v1 import decision_pb2
 
 
 def connect(here, bench, **kwargs):
-    kwargs = {"run": "r", "mode": "act", "report_every": 1, **kwargs}
+    kwargs = {"run": "r", "mode": "act", "report_every": 1, "overhead_ceiling": None, **kwargs}
     return kasmina.connect(bench.link, here.model, here.optimizer, **kwargs)
 
 

@@ -42,7 +42,7 @@ def run_session(case, target, *, steps=20, during=None, **kwargs):
     torch.set_num_threads(1)
     here = case("mlp")
     losses = []
-    kwargs = {"run": "r", "mode": "act", "report_every": 5, **kwargs}
+    kwargs = {"run": "r", "mode": "act", "report_every": 5, "overhead_ceiling": None, **kwargs}
     with kasmina.connect(target, here.model, here.optimizer, **kwargs) as session:
         for step in range(steps):
             losses.append(here.step(session))

@@ -23,7 +23,7 @@ def controller(tmp_path):
 
 
 def connect(here, link, **kwargs):
-    kwargs = {"run": "r", "mode": "act", "report_every": 5, "limits": LIMITS, **kwargs}
+    kwargs = {"run": "r", "mode": "act", "report_every": 5, "limits": LIMITS, "overhead_ceiling": None, **kwargs}
     return kasmina.connect(link, here.model, here.optimizer, **kwargs)
 
 

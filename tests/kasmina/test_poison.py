@@ -38,7 +38,7 @@ def train(
     model = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10))
     kasmina.wrap(model, x[:32])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    told = {"run": "r", "mode": "act", "report_every": 20, **told}
+    told = {"run": "r", "mode": "act", "report_every": 20, "overhead_ceiling": None, **told}
     with kasmina.connect(bench.link, model, optimizer, **told) as session:
         for step in range(1, STEPS + 1):
             bench.waiting += commands.get(step, [])

@@ -79,7 +79,7 @@ class Run:
         self.optimizer = OPTIMIZERS[optimizer](parameters)
         self.scheduler = SCHEDULERS[scheduler](self.optimizer)
         self.bench = bench
-        told = {"run": "r", "mode": "act", "report_every": 4, **told}
+        told = {"run": "r", "mode": "act", "overhead_ceiling": None, "report_every": 4, **told}
         self.session = kasmina.connect(bench.link, self.model, self.optimizer, scheduler=self.scheduler, **told)
 
     def train(self, steps: int, *, plan: dict[int, list[decision_pb2.Command]] | None = None) -> list[float]:

@@ -20,7 +20,7 @@ APPLIED, REFUSED, EXPIRED = (
 
 
 def connect(here, bench, **kwargs):
-    kwargs = {"run": "r", "mode": "act", "report_every": 5, **kwargs}
+    kwargs = {"run": "r", "mode": "act", "report_every": 5, "overhead_ceiling": None, **kwargs}
     return kasmina.connect(bench.link, here.model, here.optimizer, **kwargs)
 
 

@@ -54,8 +54,12 @@ class StepClock:
         """Training is over; what is spent from now on still counts."""
         self._end = time.perf_counter()
 
+    def elapsed(self) -> float:
+        """Seconds from the start to :meth:`stop`, what is left out excluded."""
+        end = time.perf_counter() if self._end is None else self._end
+        return end - self._start - self.total_left_out
+
     def share(self) -> float | None:
         """Esper's share of all time from the start to :meth:`stop`, what is left out excluded, 0 to 1."""
-        end = time.perf_counter() if self._end is None else self._end
-        passed = end - self._start - self.total_left_out
+        passed = self.elapsed()
         return min(max(self.total_own / passed, 0.0), 1.0) if passed > 0 else None

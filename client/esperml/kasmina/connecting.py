@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from esperml.client.credentials import Credentials
+from esperml.kasmina.budget import CEILING
 from esperml.kasmina.distributed import check_same, session_of
 from esperml.kasmina.errors import KasminaError
 from esperml.kasmina.evaluation import Evaluator
@@ -51,6 +52,7 @@ def connect(
     labels: Mapping[str, str] | None = None,
     report_every: int = 50,
     evaluate_every: int | None = None,
+    overhead_ceiling: float | None = CEILING,
     governor: GovernorOptions | None = GOVERNED,
     credentials: Credentials | None = None,
     spool: SpoolOptions | None = SPOOLED,
@@ -82,6 +84,10 @@ def connect(
         report_every: optimizer steps from one report to the next.
         evaluate_every: optimizer steps from one evaluation to the next, a multiple of ``report_every``; by default
             each report has one.
+        overhead_ceiling: greatest share of the time that Esper may take, evaluation excluded. Where steps are too fast
+            for it, reports measure fewer layers, in turn, and then become rarer than ``report_every``; the summary says
+            how much was measured. A start-up of 0.1 s comes on top, and is paid back. ``None``: no ceiling, and the
+            same reports every time.
         governor: how the run is guarded against changes that do harm; ``None``: not at all.
         credentials: token and TLS, where the server asks for them. Default: what ``ESPER_TOKEN``, ``ESPER_CA`` and the
             like say; see :meth:`~esperml.client.Credentials.from_environment`.
@@ -93,7 +99,7 @@ def connect(
         CredentialsError: those variables do not go together.
         KasminaError: the model is not wrapped, or nothing can join the optimizer though Tamiyo may act; parameters are
             sharded; ranks have not wrapped the same model, or ``torch.distributed`` is not initialised.
-        ValueError: ``run``, ``mode``, ``report_every`` or ``evaluate_every`` is out of range.
+        ValueError: ``run``, ``mode``, ``report_every``, ``evaluate_every`` or ``overhead_ceiling`` is out of range.
     """
     if not 1 <= len(run) <= 128:
         raise ValueError(f"run must have 1 to 128 characters, not {len(run)}")
@@ -103,6 +109,8 @@ def connect(
         raise ValueError(f"report_every must be at least 1, not {report_every}")
     if evaluate_every is not None and (evaluate_every < 1 or evaluate_every % report_every):
         raise ValueError(f"evaluate_every must be a multiple of report_every ({report_every}), not {evaluate_every}")
+    if overhead_ceiling is not None and not 0 < overhead_ceiling <= 1:
+        raise ValueError(f"overhead_ceiling must be above 0 and at most 1, not {overhead_ceiling}")
     model = host_of(model).model
     closed = why_closed(optimizer)
     if closed and mode != "observe":
@@ -136,5 +144,6 @@ def connect(
         evaluate=evaluate,
         report_every=report_every,
         evaluate_every=evaluate_every or report_every,
+        overhead_ceiling=overhead_ceiling,
         governor=governor,
     )

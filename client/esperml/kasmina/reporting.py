@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esperml.kasmina import stages
+from esperml.kasmina.budget import Budget
 from esperml.kasmina.clock import StepClock
 from esperml.kasmina.evaluation import Evaluator, evaluate_host, evaluate_without
 from esperml.kasmina.figures import learning_rate, seed_signal
@@ -25,11 +26,13 @@ class Reporter:
         model: the wrapped model.
         optimizer: the optimizer that trains it.
         clock: is told what reports and evaluations cost.
+        overhead_ceiling: greatest share of the time that Esper may take; ``None`` for no limit.
         evaluate: the user's held-out loss, if any.
         evaluate_every: optimizer steps from one evaluation to the next.
         hold_steps: steps that a seed holds before it is ablated.
 
     Attributes:
+        armed: whether the next step is reported on.
         reports: number of reports made.
         latest: the last one; empty before the first.
         layers: the latest measures of each layer.
@@ -46,7 +49,9 @@ class Reporter:
         evaluate: Evaluator | None,
         evaluate_every: int,
         hold_steps: int,
+        overhead_ceiling: float | None,
     ) -> None:
+        self.armed = False
         self.reports = 0
         self.latest = health_pb2.HealthReport()
         self.layers: dict[str, health_pb2.EnhancedHealthSignal] = {}
@@ -60,14 +65,28 @@ class Reporter:
         self._evaluate_every = evaluate_every
         self._hold_steps = hold_steps
         self._telemetry = Telemetry(self._host)
+        self._budget = Budget(overhead_ceiling, clock, len(self._host.layers))
+        self._granted = (0, 0)  # Layers that are due for the next report, and how many of them it measures.
+        self._reported = 0  # The step of the last report.
+        self._evaluated = 0  # The step of the last evaluation.
 
     def arm(self) -> None:
-        """Watch the next training pass, which is the one to report on."""
-        self._telemetry.arm()
+        """A report is due on the next training pass: watch it, unless that would cost more than it may."""
+        due = self._telemetry.due
+        granted = self._budget.grant(due)
+        self.armed = granted is not None
+        if granted is not None:
+            self._granted = due, granted
+            self._telemetry.arm(granted)
 
     def disarm(self) -> None:
         """Watch no more."""
+        self.armed = False
         self._telemetry.disarm()
+
+    def sampling(self) -> health_pb2.Sampling | None:
+        """How much is measured under the ceiling; ``None`` where there is none, or before the first report."""
+        return self.latest.sampling if self.latest.HasField("sampling") else None
 
     def report(
         self, step: int, epoch: int | None, loss: Tensor | float | None, reports_dropped: int
@@ -80,7 +99,10 @@ class Reporter:
             loss: the step's training loss.
             reports_dropped: reports so far that could not be sent.
         """
+        start = time.perf_counter()
         sample = self._telemetry.collect(loss)
+        due, granted = self._granted
+        self._budget.note(granted, time.perf_counter() - start + sample.hook_seconds)
         self._clock.spend(sample.hook_seconds)
         held_out, effects = self._held_out(step)
         step_seconds, overhead = self._clock.report(step)
@@ -101,7 +123,12 @@ class Reporter:
             places=sample.places,
             seeds=[seed_signal(seed, sample.seed_gradient_norms.get(name)) for name, seed in self._host.seeds.items()],
             reports_dropped=reports_dropped,
+            sampling=self._budget.sampling(
+                interval=step - self._reported if self.reports else None, due=due, layers=granted
+            ),
         )
+        self.armed = False
+        self._reported = step
         self.reports += 1
         self.latest = report
         self.layers.update((signal.layer, signal) for signal in sample.layers)
@@ -114,8 +141,10 @@ class Reporter:
         if self._evaluate is None:
             return None, []
         due = [seed for seed in self._host.seeds.values() if self._ablation_due(seed)]
-        if not due and step % self._evaluate_every:
+        # Reports that were not made can have passed over a step on which one was due.
+        if not due and step // self._evaluate_every == self._evaluated // self._evaluate_every:
             return None, []
+        self._evaluated = step
         held_out = evaluate_host(self._model, self._timed_evaluate)
         for seed in due:
             without = evaluate_without(self._model, seed, self._timed_evaluate)

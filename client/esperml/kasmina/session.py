@@ -72,6 +72,7 @@ class Session:
         evaluate: Evaluator | None,
         report_every: int,
         evaluate_every: int,
+        overhead_ceiling: float | None,
         governor: GovernorOptions | None,
     ) -> None:
         self.run = run
@@ -102,6 +103,7 @@ class Session:
             evaluate=evaluate,
             evaluate_every=evaluate_every,
             hold_steps=limits.hold_steps if limits.HasField("hold_steps") else _HOLD_STEPS,
+            overhead_ceiling=overhead_ceiling,
         )
         self._traceparent = os.environ.get("TRACEPARENT", "")
         self._traceparents: dict[str, str] = {}  # Of the commands that came with one, by decision.
@@ -207,6 +209,7 @@ class Session:
             reports_dropped=statistics.reports_dropped,
             connected=statistics.connected,
             overhead=self._clock.share() if self.steps else None,
+            sampling=self._reporter.sampling(),
             host_parameters=self._host.host_parameters,
             parameters=self._host.host_parameters + self._host.seed_parameters,
             train_loss=self._reporter.train_loss,
@@ -243,7 +246,7 @@ class Session:
             self._begin_epoch(epoch)
         if self._host.seeds:
             self._grafter.advance()
-        if self.steps % self._report_every == 0 and not self._superseded:
+        if self._reporter.armed and not self._superseded:
             self._report(loss)
         self._govern(loss)
         if self._superseded:
@@ -331,6 +334,7 @@ class Session:
 
     def _arm_if_due(self) -> None:
         if not self._superseded and (self.steps + 1) % self._report_every == 0:
+            self._spend_sender_time()
             self._reporter.arm()
 
     def _tell_epochs(self) -> None:

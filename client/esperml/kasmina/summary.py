@@ -35,6 +35,7 @@ class Summary:
         proposals: what Tamiyo would do, where it may not act by itself, oldest first.
         remarks: what the user should know of the session, once each.
         failure: why the session stopped working; empty where it did not.
+        sampling: how much was measured at last under a ceiling on the overhead; ``None`` without one.
     """
 
     run: str
@@ -56,6 +57,7 @@ class Summary:
     decisions_refused: int = 0
     proposals: tuple[Proposal, ...] = ()
     remarks: tuple[str, ...] = ()
+    sampling: health_pb2.Sampling | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -69,6 +71,8 @@ class Summary:
                 lines.append(f"  {title:<14} {pair[0]:.4g} at first, {pair[1]:.4g} at last")
         if self.overhead is not None:
             lines.append(f"  overhead       {self.overhead:.2%} of the time, evaluation excluded")
+        if self.sampling is not None:
+            lines.append(f"  sampling       {_sampled(self.sampling)}")
         seen = list(_ailments(self.layers))
         if seen:
             lines.append("what was seen:")
@@ -110,6 +114,15 @@ def _ailments(layers: Sequence[health_pb2.EnhancedHealthSignal]) -> Iterator[str
         if known and max(known)[0] > bad:
             value, name = max(known)
             yield f"{name}: {value:.0%} {words}"
+
+
+def _sampled(sampling: health_pb2.Sampling) -> str:
+    words = f"{sampling.layers} of {sampling.layers_due} layers that were due"
+    if sampling.HasField("interval"):
+        words += f", {sampling.interval} steps after the report before"
+    if sampling.reports_skipped:
+        words += f"; {sampling.reports_skipped} reports left out in all"
+    return f"{words} (ceiling {sampling.ceiling:.2%} of the time)"
 
 
 def _describe(seed: health_pb2.SeedSignal) -> str:

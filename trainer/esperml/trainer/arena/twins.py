@@ -184,6 +184,8 @@ def train_twin(
             paired_run=paired_run,
             labels={**spec.labels(), **(labels or {})},
             report_every=plan.report_every,
+            # The same reports every time, however busy the machine: decisions rest on them.
+            overhead_ceiling=None,
             # The server is of our own making: what the environment says of another's must not hold for it.
             credentials=NO_CREDENTIALS,
         ) as session:
