@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from esperml import kasmina
-from esperml.v1 import graph_pb2
+from esperml.settings import TamiyoSettings as Settings
+from esperml.tamiyo.controller import Controller
+from esperml.tamiyo.store import PolicyStore
+from esperml.v1 import decision_pb2, event_pb2, graph_pb2
 
 
 class Attention(nn.Module):
@@ -199,6 +202,40 @@ def test_every_kind_of_layer_is_measured_and_what_has_no_meaning_is_absent(bench
         assert signal.HasField("flops") == signal.HasField("expressivity_bottleneck") == linear, name
     assert not signals["words"].HasField("input_autocorrelation")
     assert signals["memory"].parameters == sum(p.numel() for p in model.memory.parameters())
+
+
+def test_the_shipped_policy_decides_on_hosts_with_layers_of_every_kind(tmp_path):
+    told = Settings(policy_dir=tmp_path, warmup_steps=0, decision_interval_steps=1)
+    controller = Controller(PolicyStore.from_settings(told), told)
+    decided: list[decision_pb2.AdaptationDecision] = []
+
+    def handle(kind, event):
+        answers = controller.handle(kind, event)
+        decided.extend(answer.decision for _, answer in answers if answer.HasField("decision"))
+        return [(kind, answer) for kind, answer in answers if kind == event_pb2.KIND_COMMANDS]
+
+    model = Model()
+    kasmina.wrap(model, TOKENS, observe="all")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    link = kasmina.LocalLink(handle)
+    with kasmina.connect(
+        link,
+        model,
+        optimizer,
+        run="r",
+        mode="act",
+        report_every=1,
+        evaluate=lambda model: model(TOKENS).square().mean(),
+    ) as session:
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = model(TOKENS).square().mean()
+            loss.backward()
+            optimizer.step()
+            session.step(loss=loss)
+    assert session.failure == ""
+    assert decided
+    assert "shipped" in {decision.policy for decision in decided}
 
 
 def test_a_preview_shows_what_would_be_done_and_does_nothing():
