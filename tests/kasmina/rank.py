@@ -76,10 +76,10 @@ CHANGES = {
 }
 
 
-def train(name, commands, rank, size, *, steps=100, parts=1, poison=0, before=None, **settings):
+def train(name, commands, rank, size, *, steps=100, parts=1, poison=0, before=None, static=False, **settings):
     """Train for so many steps on this rank's share of each batch. What came of it, for the test."""
     model = model_of()
-    trained = DistributedDataParallel(model) if size > 1 else model
+    trained = DistributedDataParallel(model, static_graph=static) if size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30, 0.8)
     script = Script(name, dict(commands))
@@ -119,6 +119,11 @@ def train(name, commands, rank, size, *, steps=100, parts=1, poison=0, before=No
             "alphas": alphas,
         }
     return {**found, "told": script.told}
+
+
+def held_out(model):
+    x, y = data(0)
+    return functional.cross_entropy(model(x), y)
 
 
 def explode(host):
@@ -179,6 +184,7 @@ def main(rank: int, folder: Path) -> None:
     found = {
         "changes": train("changes", CHANGES, rank, 2),
         "parts": train("parts", CHANGES, rank, 2, parts=2),
+        "static": train("static", CHANGES, rank, 2, static=True, evaluate=held_out),
         "quiet": train("quiet", {}, rank, 2, steps=20),
         "poison": train("poison", {10: germinate("d-one", "0", "2")}, rank, 2, poison=90, steps=110),
         "broken": train("broken", {10: germinate("d-one", "0", "2")}, rank, 2, steps=30, before=break_the_second),

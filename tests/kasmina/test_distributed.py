@@ -65,7 +65,7 @@ def same(one, other):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
 
 
-@pytest.mark.parametrize("run", ["changes", "parts", "quiet", "poison", "broken"])
+@pytest.mark.parametrize("run", ["changes", "parts", "static", "quiet", "poison", "broken"])
 def test_ranks_have_the_same_weights_and_seeds_at_every_step(ranks, run):
     leader, follower = (found[run] for found in ranks)
     same(leader["model"], follower["model"])
@@ -75,7 +75,7 @@ def test_ranks_have_the_same_weights_and_seeds_at_every_step(ranks, run):
     assert leader["alphas"] == follower["alphas"]
 
 
-@pytest.mark.parametrize("run", ["changes", "parts"])
+@pytest.mark.parametrize("run", ["changes", "parts", "static"])
 def test_all_changes_come_through_in_their_order(ranks, run):
     leader, follower = (found[run] for found in ranks)
     assert (leader["failure"], follower["failure"]) == ("", "")
