@@ -56,6 +56,7 @@ class Commander:
         self._mode = mode
         self._governor = governor
         self._budgets = budgets
+        grafter.host.resting.steps = limits.embargo_steps
         self._handled: OrderedDict[str, None] = OrderedDict()
 
     @property
@@ -119,16 +120,19 @@ class Commander:
                 raise
 
     def _apply(self, command: decision_pb2.Command, verb: str, step: int) -> tuple[Seed, int]:
-        target = command.target
+        target, germinate = command.target, command.action.germinate
         if verb == "germinate":
-            budget = self._budget(command.action.germinate, target.target_layer, step)
+            budget = self._budget(germinate, target.target_layer, step)
             seed = self._grafter.germinate(
-                command.action.germinate.blueprint,
+                germinate.blueprint,
                 target.source_layer,
                 target.target_layer,
                 budget,
                 seed_id=self._name(command.decision_id),
-                blend_steps=command.action.germinate.blend_steps,
+                blend_steps=germinate.blend_steps,
+                train_steps=germinate.train_steps,
+                schedule=germinate.schedule,
+                warmup_steps=germinate.warmup_steps,
                 decision_id=command.decision_id,
                 accept=self._budgets.accept,
             )

@@ -204,6 +204,7 @@ class FollowingSession(RankSession):
         if there.seed_id not in host.seeds:
             number, blueprint, parameters = there.identity
             place = host.places[number]
+            host.resting.forget(number)  # Rank 0 has seen to that.
             source, target = host.layers[place.source].name, host.layers[place.target].name
             self._grafter.germinate(blueprint, source, target, parameters, seed_id=there.seed_id)
             self._actions.append((self.steps, f"{there.seed_id} is here, as on rank 0"))
@@ -212,6 +213,7 @@ class FollowingSession(RankSession):
             seed.body.load_state_dict(there.tensors)
         for name, value in there.facts.items():
             setattr(seed, name, value)
+        self._grafter.warmup.refresh()
 
 
 def session_of(ranks: Ranks) -> Callable[..., Session]:

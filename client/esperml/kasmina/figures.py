@@ -18,6 +18,7 @@ _MOST: Final = 2**32 - 1
 
 def seed_signal(seed: Seed, gradient_norm: float | None) -> health_pb2.SeedSignal:
     """How a seed fares. ``gradient_norm`` is ``None`` where it was not measured."""
+    seed.count_unusable()
     return health_pb2.SeedSignal(
         seed_id=seed.seed_id,
         place=seed.place,

@@ -3,9 +3,10 @@
 Before the first change, and from then on at intervals while a seed lives or a change is young, it keeps a snapshot of
 all that training depends on, and only of a state that is sound. Where the loss falls sick (see
 :mod:`~esperml.kasmina.loss_watch`) it goes back to the newest snapshot from before that began. Changes made since are
-undone by that; where there are none, the youngest seed is culled. Where the loss falls sick again, it goes back to an
-older snapshot, without the seeds that it has culled, and without any snapshot it culls every seed that lives. So the
-host's own training always has the last word.
+undone by that; where there are none, the youngest seed is culled. A seed that gave what no host should see (see
+:mod:`~esperml.kasmina.guard`) is taken back likewise: it was left out then, but may have done harm on the way. Where
+the loss falls sick again, it goes back to an older snapshot, without the seeds that it has culled, and without any
+snapshot it culls every seed that lives. So the host's own training always has the last word.
 
 A run that was never changed is watched and never touched: its trouble is its own, and only told.
 """
@@ -26,7 +27,9 @@ from torch.optim import Optimizer
 from esperml.kasmina.errors import CheckpointError, RefusedError
 from esperml.kasmina.figures import learning_rate
 from esperml.kasmina.grafting import Grafter
+from esperml.kasmina.guard import UNUSABLE
 from esperml.kasmina.loss_watch import STALL, LossWatch, Verdict
+from esperml.kasmina.seeds import Seed
 from esperml.kasmina.snapshots import Snapshots, not_finite
 from esperml.kasmina.training_state import TrainingState
 
@@ -170,11 +173,14 @@ class Governor:
         verdict = self._watch.verdict()
         if verdict is not None and self._is_excused(verdict):
             verdict = None
+        culprit = self._culprit() if verdict is None and at_report else None
+        if culprit is not None:
+            verdict = _blamed(culprit, step)
         may_act = exposed and self._may_act
         if verdict is None and may_act and at_report:
             verdict = self._renew(step)
         if verdict is not None and may_act:
-            return self._intervene(step, verdict)
+            return self._intervene(step, verdict, culprit)
         if verdict is not None:
             why = "the run is only observed" if exposed else "no seed lives and no change is young"
             self.remarks.setdefault(
@@ -280,7 +286,15 @@ class Governor:
         self._rate = learning_rate(self._optimizer)
         return sick
 
-    def _intervene(self, step: int, verdict: Verdict) -> Intervention | None:
+    def _culprit(self) -> Seed | None:
+        """The first living seed that gave what no host should see. It was left out, but what led up to that was not."""
+        for seed in self._grafter.host.seeds.values():
+            seed.count_unusable()
+            if seed.live and seed.unusable_since is not None:
+                return seed
+        return None
+
+    def _intervene(self, step: int, verdict: Verdict, culprit: Seed | None = None) -> Intervention | None:
         restored = self._restore(verdict.since)
         if restored is None:
             return self._cull_all(step, verdict)
@@ -297,9 +311,14 @@ class Governor:
         words = f"{verdict.words}, since step {verdict.since}: rolled back to step {taken}"
         if undone:
             words += ", which undoes " + ", ".join(f"{change.verb} {change.seed_id}" for change in undone)
-        culled = () if undone else self._cull_youngest(step)
+        if culprit is None:
+            culled = () if undone else self._cull_youngest(step)
+            which = "the youngest seed"
+        else:  # An older state holds it, perhaps, as it was.
+            culled = self._cull_if_there(step, culprit.seed_id)
+            which = "the seed to blame"
         if culled:
-            words += f", and culled {culled[0].seed_id}, the youngest seed"
+            words += f", and culled {culled[0].seed_id}, {which}"
         self.rolled_back_at = step
         return Intervention(words, undone + culled, restructured or bool(culled))
 
@@ -343,11 +362,22 @@ class Governor:
         live = [seed for seed in self._grafter.host.seeds.values() if seed.live]
         if not live:
             return ()
-        seed = min(live, key=lambda seed: seed.age)
-        self._cull(step, seed.seed_id)
+        return self._cull_if_there(step, min(live, key=lambda seed: seed.age).seed_id)
+
+    def _cull_if_there(self, step: int, seed_id: str) -> tuple[Change, ...]:
+        seed = self._grafter.host.seeds.get(seed_id)
+        if seed is None:
+            return ()
+        self._cull(step, seed_id)
         return (Change(step, seed.decision_id, seed.seed_id, "germinate", seed.parameter_count),)
 
     def _cull(self, step: int, seed_id: str) -> None:
         seed = self._grafter.cull(seed_id)
         self._condemned.add(seed_id)
         self.changed(Change(step, "", seed_id, "cull", -seed.parameter_count))
+
+
+def _blamed(seed: Seed, step: int) -> Verdict:
+    """A seed gave what no host should see: it says since when."""
+    since = step - seed.age + (seed.unusable_since or 0)
+    return Verdict("spoilt by a seed", since, f"{seed.seed_id} {UNUSABLE}")

@@ -9,8 +9,10 @@ from torch.optim import Optimizer
 from esperml.kasmina import stages
 from esperml.kasmina.errors import RefusedError
 from esperml.kasmina.host import Host
+from esperml.kasmina.schedules import LINEAR, Schedule
 from esperml.kasmina.seeds import Seed
 from esperml.kasmina.surgery import Surgery
+from esperml.kasmina.warmup import Warmup
 
 
 class Grafter:
@@ -26,11 +28,13 @@ class Grafter:
     Attributes:
         host: the host.
         surgery: adds parameters to the optimizer, and takes them out.
+        warmup: lets newborn parameters take smaller steps.
     """
 
     def __init__(self, host: Host, optimizer: Optimizer | None, scheduler: object | None = None) -> None:
         self.host = host
         self.surgery = Surgery(optimizer, scheduler)
+        self.warmup = Warmup(host.seeds, optimizer)
 
     def germinate(
         self,
@@ -41,6 +45,9 @@ class Grafter:
         *,
         seed_id: str,
         blend_steps: int = 0,
+        train_steps: int = 0,
+        schedule: Schedule = LINEAR,
+        warmup_steps: int = 0,
         decision_id: str = "",
         accept: Callable[[Seed], None] = lambda _seed: None,
     ) -> Seed:
@@ -53,6 +60,9 @@ class Grafter:
             parameter_budget: most parameters that it may have.
             seed_id: its name.
             blend_steps: optimizer steps over which its alpha rises to 1.
+            train_steps: optimizer steps that it trains before, adding nothing.
+            schedule: how alpha rises.
+            warmup_steps: optimizer steps over which the learning rate of its parameters rises to that of its layer's.
             decision_id: the decision that asks for it.
             accept: raises :class:`RefusedError` where the seed, as it turned out, is not wanted.
 
@@ -63,16 +73,26 @@ class Grafter:
         place = self.host.place_index(source_layer, target_layer)
         version = self.host.structure_version
         seed = self.host.plant(
-            blueprint, place, parameter_budget, seed_id=seed_id, blend_steps=blend_steps, decision_id=decision_id
+            blueprint,
+            place,
+            parameter_budget,
+            seed_id=seed_id,
+            blend_steps=blend_steps,
+            train_steps=train_steps,
+            schedule=schedule,
+            decision_id=decision_id,
         )
         try:
             self.surgery.check(seed.body)
             accept(seed)
         except RefusedError:
             self.host.uproot(seed)
+            self.host.resting.forget(place)
             self.host.structure_version = version  # Nobody has seen those between.
             raise
         self.surgery.join(seed.seed_id, seed.body, self.host.layers[self.host.places[place].target].module)
+        seed.warmup_steps = warmup_steps
+        self.warmup.refresh()
         return seed
 
     def set_alpha(self, seed_id: str, alpha: float) -> Seed:
@@ -97,9 +117,12 @@ class Grafter:
         seed = self.host.seed(seed_id)
         self.host.uproot(seed)
         self.surgery.leave(seed.body)
+        self.warmup.refresh()
         return seed
 
     def advance(self) -> None:
-        """One optimizer step has passed: alphas rise, and seeds go on to their next stage."""
+        """One optimizer step has passed: alphas rise, and seeds and resting places go on to their next stage."""
         for seed in self.host.seeds.values():
             seed.advance()
+        self.host.resting.advance()
+        self.warmup.refresh()

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from esperml.kasmina import blueprints as registry
-from esperml.kasmina import stages, topology
+from esperml.kasmina import schedules, stages, topology
 from esperml.kasmina.blueprints import Blueprint
 from esperml.kasmina.errors import KasminaError, RefusedError, UnsupportedHostError
 from esperml.kasmina.geometry import Geometry
 from esperml.kasmina.layers import KasminaLayer
 from esperml.kasmina.networks import to_networkx
+from esperml.kasmina.resting import Resting
+from esperml.kasmina.schedules import Schedule
 from esperml.kasmina.seeds import Seed
 from esperml.kasmina.selection import Selected, Selection, select
+from esperml.kasmina.stages import Stage
 from esperml.kasmina.tables import LayerTable, ParameterCount, layer_rows
+from esperml.kasmina.upstream import module_around
 from esperml.kasmina.wrappers import seen_through, wrapping_name
 from esperml.v1 import graph_pb2
 
@@ -57,6 +61,7 @@ class Host:
         blueprints: what it can grow, in the order of the bit mask of its places.
         places: where it may grow. Indices stay the same for the life of the host.
         seeds: living and fossilised seeds by name.
+        resting: places that rest after a seed was removed.
         structure_version: counts structural changes, from 1.
     """
 
@@ -80,6 +85,7 @@ class Host:
         self._index = {layer.name: i for i, layer in enumerate(self.layers)}
         self.places = tuple(self._places(self._steps(example_input, selected)))
         self.seeds: dict[str, Seed] = {}
+        self.resting = Resting()
         self.structure_version = 1
         self.host_parameters = _entries(model.parameters())
 
@@ -139,6 +145,11 @@ class Host:
             raise RefusedError(f"unknown seed {seed_id!r}")
         return self.seeds[seed_id]
 
+    def stage(self, place: int) -> Stage:
+        """That of the seed at a place, or of the place itself where it is empty: embargoed or dormant."""
+        seed = self.occupant(place)
+        return self.resting.stage(place) if seed is None else seed.stage
+
     def occupant(self, place: int) -> Seed | None:
         """The seed or fossil at a place."""
         return next((seed for seed in self.seeds.values() if seed.place == place), None)
@@ -151,6 +162,8 @@ class Host:
         *,
         seed_id: str,
         blend_steps: int,
+        train_steps: int = 0,
+        schedule: Schedule = schedules.LINEAR,
         decision_id: str = "",
     ) -> Seed:
         """Grow a seed at a place and hook it on. The host's outputs are unchanged.
@@ -158,7 +171,8 @@ class Host:
         The optimizer does not know of it: :class:`~esperml.kasmina.grafting.Grafter` does both.
 
         Raises:
-            RefusedError: unknown blueprint, place taken, name taken, blueprint does not fit, or budget too small.
+            RefusedError: unknown blueprint or schedule, place taken or embargoed, name taken, blueprint does not fit,
+                or budget too small.
         """
         grown = next((known for known in self.blueprints if known.name == blueprint), None)
         if grown is None:
@@ -167,30 +181,48 @@ class Host:
         taken = self.occupant(place)
         if taken is not None:
             raise RefusedError(f"the place holds seed {taken.seed_id!r}, which is {stages.stage_name(taken.stage)}")
+        self.resting.check(place)
+        schedules.check_schedule(schedule)
         if not seed_id or "." in seed_id or seed_id in self.seeds:
             raise RefusedError(f"seed name {seed_id!r} is empty, taken, or has a dot in it")
         where = self.places[place]
-        source, target = self.layers[where.source].module, self.layers[where.target].module
+        target = self.layers[where.target].module
         body = grown.build(where.geometry, parameter_budget)
         weight = next(target.parameters())
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
         body.to(device=weight.device, dtype=dtype).train(target.training)
-        seed = Seed(seed_id, place, blueprint, body, blend_steps=blend_steps, decision_id=decision_id)
-        seed.attach(source, target)
-        self.seeds[seed_id] = seed
+        seed = Seed(
+            seed_id,
+            place,
+            blueprint,
+            body,
+            blend_steps=blend_steps,
+            train_steps=train_steps,
+            schedule=schedule,
+            decision_id=decision_id,
+        )
+        self.attach(seed)
         self.structure_version += 1
         return seed
+
+    def attach(self, seed: Seed) -> None:
+        """Hook a seed onto its layers. Neither the structure's version nor the optimizer hears of it."""
+        where = self.places[seed.place]
+        source, target = self.layers[where.source], self.layers[where.target]
+        seed.attach(source.module, target.module, module_around(self.model, source.name, target.name))
+        self.seeds[seed.seed_id] = seed
 
     def fossilise(self, seed: Seed) -> None:
         """Keep a seed for good. Raises :class:`RefusedError` unless its stage allows that."""
         seed.enter(stages.FOSSILISED)
         self.structure_version += 1
 
-    def uproot(self, seed: Seed) -> None:
-        """Take a seed off. Raises :class:`RefusedError` unless its stage allows that."""
-        seed.enter(stages.CULLED)
+    def uproot(self, seed: Seed, end: Stage = stages.CULLED) -> None:
+        """Take a seed off; its place rests. Raises :class:`RefusedError` unless its stage may go on to ``end``."""
+        seed.enter(end)
         seed.detach(self.layers[self.places[seed.place].target].module)
         del self.seeds[seed.seed_id]
+        self.resting.begin(seed.place, end)
         self.structure_version += 1
 
     def table(self) -> LayerTable:

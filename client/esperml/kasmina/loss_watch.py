@@ -51,7 +51,7 @@ _BELOW: Final = math.log((1 - _P1) / (1 - _P0))
 SIGNIFICANT: Final = math.log(1e9)
 _STILL: Final = 0.001
 
-Ailment = Literal["not finite", "diverged", "stalled"]
+Ailment = Literal["not finite", "diverged", "stalled", "spoilt by a seed"]
 
 
 @dataclass(frozen=True, slots=True)

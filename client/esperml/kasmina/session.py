@@ -244,8 +244,7 @@ class Session:
         self.steps += 1
         if epoch is not None and epoch != self._epoch:
             self._begin_epoch(epoch)
-        if self._host.seeds:
-            self._grafter.advance()
+        self._grafter.advance()
         if self._reporter.armed and not self._superseded:
             self._report(loss)
         self._govern(loss)

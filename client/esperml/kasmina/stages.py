@@ -1,7 +1,10 @@
 """The life of a seed: one table of transitions, each with the gate that guards it.
 
-A seed walks ``dormant → germinated → blending → holding → fossilised`` and may be culled on the way; a culled place is
-dormant again. The session moves a seed along the transitions marked automatic; the others need a command.
+A seed walks ``dormant → germinated → training → blending → holding → fossilised``; training is left out where no
+command asked for it. It may be culled on the way, or rolled back, a fossil too; its place is then embargoed, and
+dormant again in the end. Seeds have the stages from germinated to their end, empty places those before and after. The
+session moves both along the transitions marked automatic; the others need a command, or a run that goes back to an
+earlier moment.
 """
 
 from __future__ import annotations
@@ -17,26 +20,33 @@ Stage: TypeAlias = "health_pb2.SeedStage.ValueType"
 
 DORMANT: Final = health_pb2.SEED_STAGE_DORMANT
 GERMINATED: Final = health_pb2.SEED_STAGE_GERMINATED
+TRAINING: Final = health_pb2.SEED_STAGE_TRAINING
 BLENDING: Final = health_pb2.SEED_STAGE_BLENDING
 HOLDING: Final = health_pb2.SEED_STAGE_HOLDING
 FOSSILISED: Final = health_pb2.SEED_STAGE_FOSSILISED
 CULLED: Final = health_pb2.SEED_STAGE_CULLED
+EMBARGOED: Final = health_pb2.SEED_STAGE_EMBARGOED
+ROLLED_BACK: Final = health_pb2.SEED_STAGE_ROLLED_BACK
 
-LIVE: Final = frozenset({GERMINATED, BLENDING, HOLDING})
+LIVE: Final = frozenset({GERMINATED, TRAINING, BLENDING, HOLDING})
 """Stages in which a seed can still be culled."""
 
 
 @dataclass(frozen=True, slots=True)
 class SeedFacts:
-    """What a gate may ask of a seed.
+    """What a gate may ask of a seed, or of an empty place.
 
     Attributes:
         alpha: factor on the seed's output, 0 to 1.
-        steps_in_stage: optimizer steps since the seed entered its stage.
+        steps_in_stage: optimizer steps since the seed, or the place, entered its stage.
+        steps_to_train: optimizer steps that the seed still has to train before it blends in.
+        steps_to_rest: optimizer steps that the place still has to rest.
     """
 
     alpha: float
     steps_in_stage: int
+    steps_to_train: int = 0
+    steps_to_rest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +72,48 @@ def _always(_facts: SeedFacts) -> bool:
     return True
 
 
+def _is_to_train(facts: SeedFacts) -> bool:
+    return facts.steps_in_stage >= 1 and facts.steps_to_train > 0
+
+
+def _has_begun(facts: SeedFacts) -> bool:
+    return facts.steps_in_stage >= 1 and facts.steps_to_train == 0 and facts.alpha < 1
+
+
+def _has_begun_blended(facts: SeedFacts) -> bool:
+    return facts.steps_in_stage >= 1 and facts.steps_to_train == 0 and facts.alpha >= 1
+
+
 def _has_trained(facts: SeedFacts) -> bool:
-    return facts.steps_in_stage >= 1 and facts.alpha < 1
+    return facts.steps_to_train == 0 and facts.alpha < 1
+
+
+def _has_trained_blended(facts: SeedFacts) -> bool:
+    return facts.steps_to_train == 0 and facts.alpha >= 1
 
 
 def _is_blended(facts: SeedFacts) -> bool:
     return facts.alpha >= 1
 
 
-def _has_trained_blended(facts: SeedFacts) -> bool:
-    return facts.steps_in_stage >= 1 and facts.alpha >= 1
+def _has_rested(facts: SeedFacts) -> bool:
+    return facts.steps_to_rest == 0
 
 
 TRANSITIONS: Final = (
     Transition(DORMANT, GERMINATED, False, "none", _always),
-    Transition(GERMINATED, BLENDING, True, "one optimizer step, alpha below 1", _has_trained),
-    Transition(GERMINATED, HOLDING, True, "one optimizer step, alpha at 1", _has_trained_blended),
+    Transition(GERMINATED, TRAINING, True, "one optimizer step, steps left to train", _is_to_train),
+    Transition(GERMINATED, BLENDING, True, "one optimizer step, none left to train, alpha below 1", _has_begun),
+    Transition(GERMINATED, HOLDING, True, "one optimizer step, none left to train, alpha at 1", _has_begun_blended),
+    Transition(TRAINING, BLENDING, True, "no steps left to train, alpha below 1", _has_trained),
+    Transition(TRAINING, HOLDING, True, "no steps left to train, alpha at 1", _has_trained_blended),
     Transition(BLENDING, HOLDING, True, "alpha at 1", _is_blended),
     Transition(HOLDING, FOSSILISED, False, "alpha at 1", _is_blended),
-    Transition(GERMINATED, CULLED, False, "none", _always),
-    Transition(BLENDING, CULLED, False, "none", _always),
-    Transition(HOLDING, CULLED, False, "none", _always),
-    Transition(CULLED, DORMANT, True, "none", _always),
+    *(Transition(stage, CULLED, False, "none", _always) for stage in sorted(LIVE)),
+    *(Transition(stage, ROLLED_BACK, False, "none", _always) for stage in sorted(LIVE | {FOSSILISED})),
+    Transition(CULLED, EMBARGOED, True, "none", _always),
+    Transition(ROLLED_BACK, EMBARGOED, True, "none", _always),
+    Transition(EMBARGOED, DORMANT, True, "no steps left to rest", _has_rested),
 )
 """Every valid transition. What is not here is refused."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esperml.kasmina import stages
 from esperml.kasmina.errors import CheckpointError, RefusedError
 from esperml.kasmina.generators import capture_generators, restore_generators
 from esperml.kasmina.grafting import Grafter
@@ -199,18 +200,21 @@ class TrainingState:
         """Make the seeds those that are planned, in their order, on the host and in the optimizer."""
         host, surgery = self._host, self._grafter.surgery
         before = _structure(host)
-        for seed in host.seeds.values():
+        stay = {plan.seed.seed_id for plan in planned}
+        for name, seed in host.seeds.items():
             surgery.leave(seed.body)
             seed.detach(host.layers[host.places[seed.place].target].module)
+            if name not in stay:
+                seed.enter(stages.ROLLED_BACK)
+                host.resting.begin(seed.place, seed.stage)
         host.seeds.clear()
         for plan in planned:
             for name, value in plan.facts.items():
                 setattr(plan.seed, name, value)
-            where = host.places[plan.seed.place]
-            plan.seed.attach(host.layers[where.source].module, host.layers[where.target].module)
-            host.seeds[plan.seed.seed_id] = plan.seed
+            host.attach(plan.seed)
         for seed in _in_order_of(state["optimizer"]["names"], host):
             surgery.join(seed.seed_id, seed.body, host.layers[host.places[seed.place].target].module)
+        self._grafter.warmup.refresh()
         changed = before != _structure(host)
         if changed:
             host.structure_version = max(host.structure_version + 1, state["structure_version"])

@@ -46,37 +46,6 @@ ALPHA_SCHEDULE_COSINE: AlphaSchedule.ValueType  # 2
 ALPHA_SCHEDULE_SIGMOID: AlphaSchedule.ValueType  # 3
 """The logistic function of 12 (p - 1/2), stretched to run from 0 to 1."""
 
-class _Initialisation:
-    ValueType = typing.NewType("ValueType", builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _InitialisationEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Initialisation.ValueType], builtins.type):
-    DESCRIPTOR: descriptor.EnumDescriptor
-    INITIALISATION_UNSPECIFIED: _Initialisation.ValueType  # 0
-    """Not stated: random."""
-    INITIALISATION_RANDOM: _Initialisation.ValueType  # 1
-    """At random, as torch.nn chooses them."""
-    INITIALISATION_GRADMAX: _Initialisation.ValueType  # 2
-    """Those that make the gradient of the zero weights greatest, from the gradients of the first step (Evci et al. 2022,
-    GradMax). The seed starts a step later.
-    """
-    INITIALISATION_NET2NET: _Initialisation.ValueType  # 3
-    """Copies of units of the source layer, with some noise (Chen et al. 2016, Net2Net)."""
-
-class Initialisation(_Initialisation, metaclass=_InitialisationEnumTypeWrapper):
-    """How the first weights of a seed are chosen. Its last ones are zero in any case, so that it adds nothing at first."""
-
-INITIALISATION_UNSPECIFIED: Initialisation.ValueType  # 0
-"""Not stated: random."""
-INITIALISATION_RANDOM: Initialisation.ValueType  # 1
-"""At random, as torch.nn chooses them."""
-INITIALISATION_GRADMAX: Initialisation.ValueType  # 2
-"""Those that make the gradient of the zero weights greatest, from the gradients of the first step (Evci et al. 2022,
-GradMax). The seed starts a step later.
-"""
-INITIALISATION_NET2NET: Initialisation.ValueType  # 3
-"""Copies of units of the source layer, with some noise (Chen et al. 2016, Net2Net)."""
-
 class _Mode:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -279,7 +248,6 @@ class Germinate(message.Message):
     TRAIN_STEPS_FIELD_NUMBER: builtins.int
     SCHEDULE_FIELD_NUMBER: builtins.int
     WARMUP_STEPS_FIELD_NUMBER: builtins.int
-    INITIALISATION_FIELD_NUMBER: builtins.int
     blueprint: builtins.str
     """Name of the blueprint, one of HostGraph.blueprints."""
     parameter_budget: builtins.int
@@ -294,8 +262,6 @@ class Germinate(message.Message):
     """Steps over which the learning rate of the seed's parameters rises from near 0 to that of the host's. 0 means at
     once.
     """
-    initialisation: Initialisation.ValueType
-    """How its first weights are chosen. Refused where the blueprint cannot be initialised so."""
     def __init__(
         self,
         *,
@@ -305,11 +271,10 @@ class Germinate(message.Message):
         train_steps: builtins.int = ...,
         schedule: AlphaSchedule.ValueType = ...,
         warmup_steps: builtins.int = ...,
-        initialisation: Initialisation.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["blend_steps", b"blend_steps", "blueprint", b"blueprint", "initialisation", b"initialisation", "parameter_budget", b"parameter_budget", "schedule", b"schedule", "train_steps", b"train_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["blend_steps", b"blend_steps", "blueprint", b"blueprint", "parameter_budget", b"parameter_budget", "schedule", b"schedule", "train_steps", b"train_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

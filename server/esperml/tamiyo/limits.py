@@ -22,6 +22,7 @@ def resolve(stated: graph_pb2.RunLimits, settings: TamiyoSettings, host_paramete
         decision_interval_steps=settings.decision_interval_steps,
         blend_steps=settings.blend_steps,
         hold_steps=settings.hold_steps,
+        embargo_steps=settings.embargo_steps,
     )
     resolved.MergeFrom(stated)
     return resolved

@@ -164,7 +164,7 @@ class RunControl:
         run.settling.pop(decision.target.seed_id, None)
         names = (decision.target.source_layer, decision.target.target_layer)
         verb = decision.action.WhichOneof("kind") or "none"
-        rest = self._settings.embargo_steps
+        rest = run.limits.embargo_steps
         if applied.status == decision_pb2.COMMAND_STATUS_UNDONE:
             # It was carried out, and what came of it is experience; the place rests as after a cull.
             if verb == "germinate":

@@ -16,8 +16,14 @@ from esperml.tamiyo.topology import Topology
 from esperml.v1 import graph_pb2, health_pb2
 
 LIVE_STAGES: Final = frozenset(
-    {health_pb2.SEED_STAGE_GERMINATED, health_pb2.SEED_STAGE_BLENDING, health_pb2.SEED_STAGE_HOLDING}
+    {
+        health_pb2.SEED_STAGE_GERMINATED,
+        health_pb2.SEED_STAGE_TRAINING,
+        health_pb2.SEED_STAGE_BLENDING,
+        health_pb2.SEED_STAGE_HOLDING,
+    }
 )
+"""Stages of seeds that are planted and not settled. Features tell no more of them than that they live."""
 
 
 @dataclass(frozen=True)
