@@ -81,7 +81,7 @@ def test_layers_are_selected_by_pattern_or_predicate(case, layers, names):
 
 def test_a_selection_of_nothing_is_refused_by_name(case):
     plain = case("mlp", wrapped=False)
-    with pytest.raises(kasmina.UnsupportedHostError, match="layers: .encoder"):
+    with pytest.raises(kasmina.UnsupportedHostError, match=r"layers: .encoder"):
         kasmina.wrap(plain.model, plain.inputs, layers="encoder.*")
 
 
