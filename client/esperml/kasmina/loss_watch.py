@@ -21,7 +21,8 @@ where S is significant and m is the median of the excursion's last :data:`LATEST
 whole window: so it also ends a climb that is too slow for an excursion. It has *stalled* where one excursion has lasted
 :data:`STALL` losses without getting better — the median of its second half lies above the ceiling, and no lower than
 that of its first — or where the last :data:`FLAT` losses vary by less than a thousandth of the reference's spread,
-above its level: nothing learns any more. It is *not finite* where the last :data:`NOT_FINITE` losses are NaN or infinite.
+above its level: nothing learns any more. It is *not finite* where the last :data:`NOT_FINITE` losses are NaN or
+infinite.
 
 Noise that is correlated over twenty losses and more, and a first reference of few of them, may look like a stall.
 """
