@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from esperml.oona.log import StoredFrame
 
 # What a record costs in memory beside its event, and a frame beside its records, about.
-_RECORD_OVERHEAD_BYTES = 96
-_FRAME_OVERHEAD_BYTES = 700
+_RECORD_OVERHEAD_BYTES = 64
+_FRAME_OVERHEAD_BYTES = 450
 
 
 class Frame:
